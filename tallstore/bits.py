@@ -1,0 +1,73 @@
+"""Fields of 1, 2 and 4 bits, packed least significant bit first: element i sits at bit i * width of the byte string.
+
+All arrays are numpy uint8. The last byte's unused high bits are zero: one sequence of codes has one encoding.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+
+_WORDS = {2: np.uint32, 4: np.uint16}  # one packed byte holds as many fields as this word has bytes
+
+
+def packed_nbytes(numel: int, width: int) -> int:
+    """Bytes that *numel* fields of *width* bits take."""
+    return -(-numel * width // 8)
+
+
+def pack(codes: Bytes, width: int) -> Bytes:
+    """Pack one code a byte, each under 2**width, into fields of *width* bits (1, 2 or 4)."""
+    if width == 1:
+        return np.packbits(codes, bitorder="little")
+    per_byte = 8 // width
+    tail = -codes.size % per_byte
+    if tail:
+        codes = np.concatenate([codes, np.zeros(tail, np.uint8)])
+    words = np.ascontiguousarray(codes).view(_WORDS[width])
+    gathered = words.copy()
+    for field in range(1, per_byte):  # byte `field` of the word moves down to bit field * width
+        gathered |= words >> words.dtype.type(field * (8 - width))
+    return (gathered & words.dtype.type(0xFF)).astype(np.uint8)
+
+
+def unpack(packed: Bytes, numel: int, width: int) -> Bytes:
+    """The *numel* codes of *packed*, one a byte. The inverse of `pack`."""
+    if width == 1:
+        return np.unpackbits(packed, count=numel, bitorder="little")
+    return look_up(packed, numel, width, tuple(range(1 << width)), np.dtype(np.uint8))
+
+
+def look_up(packed: Bytes, numel: int, width: int, values: tuple[float, ...], dtype: np.dtype) -> NDArray:
+    """The value of each code: ``values[code]`` as *dtype*, by one table look-up a packed byte (width 2 or 4).
+
+    Returns:
+        a 1-D array of *numel* elements.
+    """
+    table = _byte_table(width, values, dtype)
+    return table.take(packed[: packed_nbytes(numel, width)]).view(dtype)[:numel]
+
+
+@cache
+def _byte_table(width: int, values: tuple[float, ...], dtype: np.dtype) -> NDArray:
+    """For each of the 256 bytes, the values of its fields side by side, as one unsigned integer."""
+    per_byte = 8 // width
+    byte = np.arange(256)[:, None]
+    codes = (byte >> (np.arange(per_byte) * width)) & ((1 << width) - 1)
+    fields = np.ascontiguousarray(np.asarray(values, dtype)[codes])
+    return fields.view(f"u{per_byte * dtype.itemsize}").reshape(256)
+
+
+def padding_is_zero(packed: Bytes, numel: int, width: int) -> bool:
+    """Whether the bits behind the last of *numel* fields are all zero."""
+    used = numel * width % 8
+    return used == 0 or packed.size == 0 or int(packed[-1]) >> used == 0
+
+
+def has_code_three(packed: Bytes) -> bool:
+    """Whether any 2-bit field of *packed* is 3, the code that no 2-bit encoding uses."""
+    return bool(np.any(packed & (packed >> np.uint8(1)) & np.uint8(0x55)))

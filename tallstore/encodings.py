@@ -1,0 +1,133 @@
+"""What the decoded bytes of a payload mean, and which bytes are no valid encoding of anything.
+
+An encoding says how many bits an element takes and which content rules hold; `codecs` says how those bytes are stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from tallstore import bits
+from tallstore.bits import Bytes
+from tallstore.dtypes import CODED, DTYPES
+from tallstore.errors import FormatError
+from tallstore.r13 import SMALLEST, is_r13
+
+# Code k of log4 stands for 2^(-k/2); 181/256 replaces the square root of 1/2, so that 8 significant bits hold every value.
+LOG4_VALUES: tuple[float, ...] = tuple(
+    2.0 ** -(k // 2) if k % 2 == 0 else 181 / 256 * 2.0 ** -((k - 1) // 2) for k in range(16)
+)
+SIGNED_VALUES: tuple[int, ...] = (0, 1, -1, 0)  # absent, plus, minus; code 3 is refused before it is looked up
+
+Check = Callable[[Bytes, int, str], None]  # decoded chunk, its element count, the place to name
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """One way to write elements as bytes.
+
+    Attributes:
+        name: what the specification calls it.
+        width: bits an element.
+        is_float: whether byte planes may be split (`planes-zstd`).
+        check: raises FormatError for bytes that are no valid encoding.
+    """
+
+    name: str
+    width: int
+    is_float: bool
+    check: Check
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes an element, at least one."""
+        return max(1, self.width // 8)
+
+    def nbytes(self, numel: int) -> int:
+        """Decoded bytes of *numel* elements."""
+        return bits.packed_nbytes(numel, self.width)
+
+
+def _anything(_chunk: Bytes, _numel: int, _where: str) -> None:
+    pass
+
+
+def _padding(width: int) -> Check:
+    def check(chunk: Bytes, numel: int, where: str) -> None:
+        if not bits.padding_is_zero(chunk, numel, width):
+            raise FormatError("BIT-1", where, f"the bits behind element {numel - 1} of the chunk are not zero")
+
+    return check
+
+
+_check_two_bit_padding = _padding(2)
+
+
+def _signed(chunk: Bytes, numel: int, where: str) -> None:
+    _check_two_bit_padding(chunk, numel, where)
+    if bits.has_code_three(chunk):
+        raise FormatError("FIELD-1", where, "a field holds code 3, which stands for nothing")
+
+
+def _int8(chunk: Bytes, _numel: int, where: str) -> None:
+    if np.any(chunk == 0x80):
+        raise FormatError("INT8-1", where, "a code is -128; codes are -127 to 127")
+
+
+def _bool(chunk: Bytes, _numel: int, where: str) -> None:
+    if np.any(chunk > 1):
+        raise FormatError("BOOL-1", where, "a bool is neither 0 nor 1")
+
+
+def _r13(chunk: Bytes, _numel: int, where: str) -> None:
+    if not np.all(is_r13(chunk.view("<f4"))):
+        raise FormatError("NUM-1", where, "a number has more than 13 significant bits, is -0.0 or is out of range")
+
+
+def _steps(chunk: Bytes, numel: int, where: str) -> None:
+    _r13(chunk, numel, where)
+    if np.any(chunk.view("<f4") < 0):
+        raise FormatError("NUM-4", where, "a step is negative")
+
+
+def _shared_float(dtype: str) -> Check:
+    def check(chunk: Bytes, _numel: int, where: str) -> None:
+        values = _as_float32(chunk, dtype)
+        magnitude = np.abs(values)
+        negative_zero = (values == 0) & np.signbit(values)
+        sound = np.isfinite(values) & ~negative_zero & ((magnitude == 0) | (magnitude >= SMALLEST))
+        if not np.all(sound):
+            raise FormatError("NUM-2", where, "a shared value is not finite, is -0.0, or is smaller than 2^-60")
+
+    return check
+
+
+def _as_float32(chunk: Bytes, dtype: str) -> np.ndarray:
+    if dtype == "BF16":  # the upper half of a float32
+        return (chunk.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return chunk.view({"F16": "<f2", "F32": "<f4"}[dtype]).astype(np.float32)
+
+
+BITS = Encoding("bits", 1, False, _padding(1))
+SIGNED = Encoding("signed", 2, False, _signed)
+GAINS = Encoding("gains", 32, True, _r13)
+STEPS = Encoding("steps", 32, True, _steps)
+POOL = Encoding("pool", 8, False, _anything)
+
+#: Encodings of a shared vector, by the dtype that group.json records.
+SHARED: dict[str, Encoding] = {
+    "LOG4": Encoding("LOG4", 4, False, _padding(4)),
+    "I8": Encoding("I8", 8, False, _int8),
+    "F16": Encoding("F16", 16, True, _shared_float("F16")),
+    "BF16": Encoding("BF16", 16, True, _shared_float("BF16")),
+    "F32": Encoding("F32", 32, True, _shared_float("F32")),
+}
+
+#: Encodings of whole tensors, by safetensors dtype.
+WHOLE: dict[str, Encoding] = {
+    name: Encoding(name, 8 * itemsize, name in CODED, _bool if name == "BOOL" else _anything)
+    for name, itemsize in DTYPES.items()
+}

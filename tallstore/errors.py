@@ -1,0 +1,189 @@
+"""Every error that tallstore raises on purpose.
+
+TallstoreError
+├── FormatError                 a bundle breaks a rule of the specification
+│   ├── IntegrityError          bytes are not the ones that were written
+│   ├── UnsupportedVersionError a format version that this reader does not read
+│   └── UnsupportedFeatureError a required feature that this reader does not have
+├── BaseError                   the base that an expert is rebuilt on
+│   ├── BaseMissingError        none is embedded, referred to, or given
+│   └── BaseMismatchError       not the base that the bundle was packed from
+├── UnknownNameError            (also a KeyError)
+│   ├── UnknownTaskError
+│   └── UnknownTensorError
+├── NotFetchedError             a task of the bundle whose files are not here
+├── BundleNotFoundError         no bundle at that path
+├── InputError                  a checkpoint that cannot be packed
+│   ├── CheckpointNotFoundError
+│   ├── DamagedCheckpointError  truncated, or no tensor file at all
+│   ├── UnsafeCheckpointError   a pickle that holds more than plain weights
+│   ├── QuantizedCheckpointError
+│   ├── AdapterCheckpointError  a PEFT adapter that was not merged
+│   ├── NameMismatchError       base and expert have no tensor name in common
+│   ├── NonFiniteError          NaN or infinity where weights would be coded
+│   └── TooFewExpertsError
+├── OptionError                 (also a ValueError) an argument outside its range
+└── OutputError                 the place to write to
+    ├── OutputExistsError
+    ├── OutputInsideInputError
+    └── OutputBusyError         another process is writing there
+
+Messages are one line: where, what is wrong, and what to do about it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TallstoreError(Exception):
+    """The root of every error that tallstore raises on purpose."""
+
+
+class FormatError(TallstoreError):
+    """A bundle breaks a rule of the specification.
+
+    Attributes:
+        rule: the rule's id in ``spec/tallstore-1.md``, such as ``"IDX-3"``.
+        where: the file, and the tensor or key in it.
+        problem: what is wrong there.
+    """
+
+    def __init__(self, rule: str, where: str, problem: str) -> None:
+        super().__init__(f"{where}: {problem} [{rule}]")
+        self.rule, self.where, self.problem = rule, where, problem
+
+
+class IntegrityError(FormatError):
+    """Bytes of a bundle are not the ones that were written."""
+
+
+class UnsupportedVersionError(FormatError):
+    """The bundle's format version is not one that this reader reads."""
+
+
+class UnsupportedFeatureError(FormatError):
+    """The bundle requires a feature that this reader does not have."""
+
+
+class BaseError(TallstoreError):
+    """Something is wrong with the base that experts are rebuilt on."""
+
+
+class BaseMissingError(BaseError):
+    """The bundle neither embeds nor names its base, and none was given."""
+
+
+class BaseMismatchError(BaseError):
+    """The base is not the one that the bundle was packed from.
+
+    Attributes:
+        rule: ``"BASE-1"`` (missing, other dtype or shape) or ``"BASE-2"`` (other bytes).
+        tensor: the first tensor that differs.
+    """
+
+    def __init__(self, rule: str, where: str, tensor: str, problem: str) -> None:
+        super().__init__(
+            f"{where}: tensor {tensor!r} {problem}; open the bundle with the base that it was packed from [{rule}]"
+        )
+        self.rule, self.where, self.tensor, self.problem = rule, where, tensor, problem
+
+
+class UnknownNameError(TallstoreError, KeyError):
+    """A name that is not there; the message suggests the nearest one."""
+
+    __str__ = Exception.__str__  # KeyError would print the message's repr
+
+    def __init__(self, where: str, noun: str, name: str, known: Iterable[str]) -> None:
+        names = list(known)
+        near = difflib.get_close_matches(name, names, n=1)
+        if near:
+            hint = f"did you mean {near[0]!r}?"
+        elif names:
+            shown = ", ".join(repr(known_name) for known_name in names[:5])
+            hint = f"there are {len(names)}: {shown}{', …' if len(names) > 5 else ''}"
+        else:
+            hint = "there are none"
+        super().__init__(f"{where}: no {noun} named {name!r}; {hint}")
+        self.name = name
+
+
+class UnknownTaskError(UnknownNameError):
+    """No task of that name is in the bundle."""
+
+
+class UnknownTensorError(UnknownNameError):
+    """No tensor of that name is in the task."""
+
+
+class NotFetchedError(TallstoreError):
+    """The task is in the bundle, but its files are not here."""
+
+
+class BundleNotFoundError(TallstoreError):
+    """There is no bundle at that path."""
+
+
+class InputError(TallstoreError):
+    """A checkpoint that cannot be packed.
+
+    Attributes:
+        where: the checkpoint, and its file where there is one; for an expert, its task comes first.
+    """
+
+    def __init__(self, where: str, problem: str) -> None:
+        super().__init__(f"{where}: {problem}")
+        self.where, self.problem = where, problem
+
+
+class CheckpointNotFoundError(InputError):
+    """There is no checkpoint at that path or Hub id."""
+
+
+class DamagedCheckpointError(InputError):
+    """A checkpoint's file is truncated, malformed or missing."""
+
+
+class UnsafeCheckpointError(InputError):
+    """A pickle that holds more than plain weights; it was not executed."""
+
+
+class QuantizedCheckpointError(InputError):
+    """Weights quantised by GPTQ, AWQ, bitsandbytes or the like."""
+
+
+class AdapterCheckpointError(InputError):
+    """A PEFT adapter folder: a difference, not a model."""
+
+
+class NameMismatchError(InputError):
+    """Base and expert have no tensor name in common, or a mapping makes two names one."""
+
+
+class NonFiniteError(InputError):
+    """NaN or infinity in a tensor that would be coded."""
+
+
+class TooFewExpertsError(InputError):
+    """A merged method was given fewer than two experts."""
+
+
+class OptionError(TallstoreError, ValueError):
+    """An argument is outside its range."""
+
+
+class OutputError(TallstoreError):
+    """Something is wrong with the place to write to."""
+
+
+class OutputExistsError(OutputError):
+    """The output is there already."""
+
+
+class OutputInsideInputError(OutputError):
+    """The output lies inside one of the inputs, or an input inside the output."""
+
+
+class OutputBusyError(OutputError):
+    """Another process is writing to the same output."""

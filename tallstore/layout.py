@@ -1,0 +1,159 @@
+"""Where things are in a bundle: the closed grammar of its paths, the slugs of its tasks, and files opened without leaving it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+import unicodedata
+from collections.abc import Container
+from pathlib import Path
+
+from tallstore.errors import FormatError
+
+MANIFEST = "tallstore.json"
+BASE_TABLE = "base.json"
+BASE_DIRECTORY = "base"
+#: Files of a bundle that are outside its integrity: the user's to edit.
+OUTSIDE_INTEGRITY = frozenset({MANIFEST, "README.md", ".gitattributes"})
+
+_DEVICE = r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])"
+_SLUG = rf"(?!{_DEVICE}$)[a-z0-9][a-z0-9_-]{{0,63}}"
+_SEGMENT = rf"(?!(?i:{_DEVICE})(?:\.|$))[A-Za-z0-9_][A-Za-z0-9._-]{{0,127}}(?<!\.)"
+_SHARD = r"[0-9]{5}-of-[0-9]{5}\.safetensors"
+
+_SLUG_PATTERN = re.compile(_SLUG)
+_SEGMENT_PATTERN = re.compile(_SEGMENT)
+_PATH_PATTERNS = [
+    re.compile(pattern)
+    for pattern in (
+        re.escape(BASE_TABLE),
+        r"groups/g[0-9]{4}/group\.json",
+        rf"groups/g[0-9]{{4}}/merged-{_SHARD}",
+        r"tasks/(?P<slug>[^/]+)/task\.json",
+        rf"tasks/(?P<slug>[^/]+)/(?:mask|private)-{_SHARD}",
+        r"files/[0-9a-f]{64}",
+        rf"{BASE_DIRECTORY}/(?P<segment>[^/]+)",
+    )
+]
+_MAX_COMPANION_SEGMENTS = 3
+
+
+def group_directory(group: str) -> str:
+    """A group's directory in the bundle."""
+    return f"groups/{group}"
+
+
+def group_table(group: str) -> str:
+    """A group's table in the bundle."""
+    return f"groups/{group}/group.json"
+
+
+def task_directory(slug: str) -> str:
+    """A task's directory in the bundle."""
+    return f"tasks/{slug}"
+
+
+def task_table(slug: str) -> str:
+    """A task's table in the bundle."""
+    return f"tasks/{slug}/task.json"
+
+
+def shard_name(stem: str, number: int, count: int) -> str:
+    """File name of shard *number* (from 1) of *count*."""
+    return f"{stem}-{number:05d}-of-{count:05d}.safetensors"
+
+
+def companion_path(sha256: str) -> str:
+    """Where a companion file is stored."""
+    return f"files/{sha256}"
+
+
+def is_bundle_path(path: str) -> bool:
+    """Whether *path* is one that a manifest may list (PATH-1)."""
+    for pattern in _PATH_PATTERNS:
+        found = pattern.fullmatch(path)
+        if found:
+            named = found.groupdict()
+            return all(
+                check.fullmatch(named[group]) is not None
+                for group, check in (("slug", _SLUG_PATTERN), ("segment", _SEGMENT_PATTERN))
+                if named.get(group) is not None
+            )
+    return False
+
+
+def is_slug(slug: str) -> bool:
+    """Whether *slug* can name a task's directory on every file system."""
+    return _SLUG_PATTERN.fullmatch(slug) is not None
+
+
+def is_companion_name(name: str) -> bool:
+    """Whether *name* is a relative path of at most three plain segments, safe to write anywhere."""
+    segments = name.split("/")
+    return len(segments) <= _MAX_COMPANION_SEGMENTS and all(_SEGMENT_PATTERN.fullmatch(part) for part in segments)
+
+
+def slugify(name: str, taken: Container[str]) -> str:
+    """A slug for the task *name* that is not in *taken*.
+
+    Letters lose their accents and their case, what is left over becomes hyphens. Where nothing readable remains, or the slug
+    is taken, a few digits of the name's sha256 are added; the result depends on the arguments alone.
+    """
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
+    slug = re.sub(r"[^a-z0-9_]+", "-", plain).strip("-_")[:64].rstrip("-_")
+    if is_slug(slug) and slug not in taken:
+        return slug
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
+    for length in range(8, 64):
+        candidate = f"{slug[: 63 - length]}-{digest[:length]}".strip("-")
+        if is_slug(candidate) and candidate not in taken:
+            return candidate
+    raise FormatError("MAN-2", f"task {name!r}", "has no slug left that is not taken")
+
+
+def resolve(root: Path, path: str) -> Path:
+    """The file at *path* of the bundle in *root*, which is a regular file and no link.
+
+    Raises:
+        FormatError: PATH-1, *path* is outside the grammar; PATH-2, something on the way or at its end is not a plain
+            directory or file.
+        FileNotFoundError: there is nothing at *path*.
+    """
+    if path != MANIFEST and not is_bundle_path(path):
+        raise FormatError("PATH-1", repr(path)[:200], "is not a path that a bundle can have")
+    place = root
+    segments = path.split("/")
+    for depth, segment in enumerate(segments, start=1):
+        place = place / segment
+        mode = os.lstat(place).st_mode
+        expected = stat.S_ISREG(mode) if depth == len(segments) else stat.S_ISDIR(mode)
+        if not expected:
+            raise FormatError("PATH-2", path, f"{segment!r} is a {_file_kind(mode)}, not a plain file or directory")
+    return place
+
+
+def read_bounded(root: Path, path: str, limit: int, *, rule: str = "JSON-4") -> bytes:
+    """All bytes of a file of the bundle, refused under *rule* if they are more than *limit*.
+
+    Raises:
+        FormatError: as `resolve`, or *rule*.
+        FileNotFoundError: there is nothing at *path*.
+    """
+    with resolve(root, path).open("rb") as file:
+        raw = file.read(limit + 1)
+    if len(raw) > limit:
+        raise FormatError(rule, path, f"is over the limit of {limit} bytes")
+    return raw
+
+
+def _file_kind(mode: int) -> str:
+    kinds = (
+        (stat.S_ISLNK, "symbolic link"),
+        (stat.S_ISDIR, "directory"),
+        (stat.S_ISREG, "file"),
+        (stat.S_ISFIFO, "FIFO"),
+        (stat.S_ISSOCK, "socket"),
+    )
+    return next((name for is_kind, name in kinds if is_kind(mode)), "device")
