@@ -1,0 +1,8 @@
+"""Packing: checkpoints in, a bundle out, streamed tensor by tensor."""
+
+from __future__ import annotations
+
+from tallstore.packing.outcome import PackedTask, PackReport
+from tallstore.packing.pack import Evaluate, Progress, pack
+
+__all__ = ["Evaluate", "PackReport", "PackedTask", "Progress", "pack"]

@@ -1,0 +1,206 @@
+"""What makes payloads a bundle: base.json, the tables of group and tasks, companion files, and last the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import msgspec
+import xxhash
+
+import tallstore
+from tallstore import checkpoint_writer, files, layout
+from tallstore import manifest as tables
+from tallstore.checkpoints import Checkpoint, HubRef
+from tallstore.dtypes import CHUNK_NUMEL
+from tallstore.fit import Method
+from tallstore.files import Written
+from tallstore.packing.companions import companions
+from tallstore.packing.fidelity import combine
+from tallstore.packing.group import GroupPacker, TaskProgress
+
+
+def write_base(base: Checkpoint, root: Path, *, embed: bool) -> dict[str, Written]:
+    """Write base.json and, if asked, the base itself in Hugging Face layout; the files by their path in the bundle."""
+    tensors = []
+    for name in base.names:
+        spec = base.spec(name)
+        alias = base.aliases.get(name)
+        hashes = () if alias else tuple(xxhash.xxh3_128_hexdigest(chunk) for chunk in _chunks(base, name))
+        tensors.append(
+            tables.BaseTensor(name=name, dtype=spec.dtype, shape=spec.shape, chunks=hashes, alias_of=alias)
+        )
+    raw = tables.serialise(tables.BaseTable(format="tallstore.base", tensors=tuple(tensors)))
+    written = {layout.BASE_TABLE: files.write_file(root / layout.BASE_TABLE, raw)}
+    if embed:
+        directory = root / layout.BASE_DIRECTORY
+        directory.mkdir()
+        specs = {name: base.spec(name) for name in base.names if name not in base.aliases}
+        for name, file in checkpoint_writer.write_checkpoint(directory, specs, lambda name: _chunks(base, name)).items():
+            written[f"{layout.BASE_DIRECTORY}/{name}"] = file
+        for name, path in companions(base.directory).items():
+            if "/" not in name:  # base/ is flat
+                written[f"{layout.BASE_DIRECTORY}/{name}"] = files.write_file(directory / name, path)
+    return written
+
+
+def _chunks(checkpoint: Checkpoint, name: str) -> Iterator[bytes]:
+    numel = checkpoint.spec(name).numel
+    for start in range(0, numel, CHUNK_NUMEL):
+        yield checkpoint.read_bytes(name, start, min(start + CHUNK_NUMEL, numel)).tobytes()
+
+
+def write_group(group: GroupPacker, method: tables.Method, root: Path) -> dict[str, Written]:
+    """Finish the shared vectors' shards and write group.json; the files by their path in the bundle."""
+    shards, by_name = group.writer.finish()
+    table = tables.GroupTable(
+        format="tallstore.group",
+        id=group.id,
+        required_features=(),
+        method=method,
+        shards=shards,
+        vectors=tuple(group.vectors),
+    )
+    directory = layout.group_directory(group.id)
+    written = {f"{directory}/{name}": file for name, file in by_name.items()}
+    path = layout.group_table(group.id)
+    return written | {path: files.write_file(root / path, tables.serialise(table))}
+
+
+def recorded_method(method: Method) -> tables.Method:
+    """The method as group.json and the manifest record it."""
+    return tables.Method(name=method.name, parameters=method.parameters)
+
+
+def write_task(
+    task: TaskProgress, group: str, base: Checkpoint, root: Path, score: float | None
+) -> tuple[tables.TaskTable, dict[str, Written]]:
+    """Finish one task's shards, store its companion files, write task.json; its table, and the files by path."""
+    shards, by_name = task.writer.finish()
+    slug = task.slug
+    written = {f"{layout.task_directory(slug)}/{name}": file for name, file in by_name.items()}
+    carried = []
+    for name, source in companions(task.expert.checkpoint.directory).items():
+        file = files.hash_file(source)
+        stored = layout.companion_path(file.sha256)
+        if not (root / stored).exists():
+            (root / stored).parent.mkdir(exist_ok=True)
+            file = files.write_file(root / stored, source)
+        written[stored] = file
+        carried.append(tables.CompanionFile(name=name, sha256=file.sha256, size=file.size))
+    estimates = {"sign": combine(task.sign), "signed": combine(task.signed)}
+    table = tables.TaskTable(
+        format="tallstore.task",
+        name=task.expert.task,
+        slug=slug,
+        group=group,
+        required_features=(),
+        shards=shards,
+        tensors=(*_entries(task), *_dropped(task, base)),
+        files=tuple(carried),
+        fidelity=tables.Fidelity(
+            cosine=_rounded(task.sums.cosine),
+            gain=_rounded(task.sums.gain),
+            score=score,
+            estimates={name: estimate for name, estimate in estimates.items() if estimate is not None},
+        ),
+    )
+    path = layout.task_table(slug)
+    return table, written | {path: files.write_file(root / path, tables.serialise(table))}
+
+
+def _entries(task: TaskProgress) -> Iterator[tables.Tensor]:
+    """In the order of the expert's names, ties included."""
+    checkpoint = task.expert.checkpoint
+    for name in checkpoint.names:
+        if name in checkpoint.aliases:
+            yield tables.AliasTensor(name=name, of=checkpoint.aliases[name])
+        else:
+            yield task.entries[name]
+
+
+def _dropped(task: TaskProgress, base: Checkpoint) -> Iterator[tables.DroppedTensor]:
+    present = {name for name in task.expert.base_names.values() if name is not None}
+    tied = set(task.expert.checkpoint.aliases)  # an expert's tie stands for the base tensor of its name
+    for name in base.names:
+        if name not in present and name not in tied and name not in base.aliases:
+            yield tables.DroppedTensor(name=name)
+
+
+def parameters(checkpoint: Checkpoint) -> int:
+    """Elements of all tensors of a checkpoint, ties counted once."""
+    return sum(checkpoint.spec(name).numel for name in checkpoint.names if name not in checkpoint.aliases)
+
+
+def write_manifest(
+    root: Path,
+    base: tables.BasePin,
+    groups: tuple[tables.GroupEntry, ...],
+    tasks: tuple[tables.TaskEntry, ...],
+    written: Mapping[str, Written],
+) -> tables.Manifest:
+    """Seal the bundle; nothing is written after this."""
+    listed = tuple(
+        tables.FileEntry(
+            path=path,
+            size=file.size,
+            sha256=file.sha256,
+            git_oid=None if path.endswith(".safetensors") else file.git_oid,
+        )
+        for path, file in sorted(written.items())
+    )
+    manifest = tables.Manifest(
+        format="tallstore",
+        format_version=tables.FORMAT_VERSION,
+        manifest_sha256="0" * 64,
+        generator=f"tallstore {tallstore.__version__}",
+        required_features=(),
+        base=base,
+        groups=groups,
+        tasks=tasks,
+        files=listed,
+    )
+    raw = tables.serialise_manifest(manifest)
+    files.write_file(root / layout.MANIFEST, raw)
+    return tables.parse_manifest(raw, layout.MANIFEST)
+
+
+def pin(base: Checkpoint, reference: HubRef | None, *, embed: bool) -> tables.BasePin:
+    """Where a reader may get the base: where it was said to be, or where it was downloaded from."""
+    hub = reference or base.hub
+    return tables.BasePin(
+        repo_id=hub.repo_id if hub else None, revision=hub.revision if hub else None, embedded=embed
+    )
+
+
+def task_entry(table: tables.TaskTable, numel: int) -> tables.TaskEntry:
+    """The manifest's entry of a task of *numel* parameters."""
+    return tables.TaskEntry(
+        name=table.name,
+        slug=table.slug,
+        group=table.group,
+        parameters=numel,
+        cosine=table.fidelity.cosine,
+        gain=table.fidelity.gain,
+    )
+
+
+def record_scores(root: Path, scores: Mapping[str, float]) -> None:
+    """Enter the user's scores into the tables of the bundle at *root*, and seal it again."""
+    raw = (root / layout.MANIFEST).read_bytes()
+    manifest = tables.parse_manifest(raw, layout.MANIFEST)
+    listed = {file.path: file for file in manifest.files}
+    for entry in manifest.tasks:
+        path = layout.task_table(entry.slug)
+        table = tables.parse((root / path).read_bytes(), tables.TaskTable, path)
+        fidelity = msgspec.structs.replace(table.fidelity, score=scores[entry.name])
+        raw = tables.serialise(msgspec.structs.replace(table, fidelity=fidelity))
+        file = files.write_file(root / path, raw)
+        listed[path] = tables.FileEntry(path=path, size=file.size, sha256=file.sha256, git_oid=file.git_oid)
+    sealed = msgspec.structs.replace(manifest, files=tuple(listed[file.path] for file in manifest.files))
+    files.write_file(root / layout.MANIFEST, tables.serialise_manifest(sealed))
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.6g}")
+

@@ -1,0 +1,111 @@
+"""How near a reconstruction is to its expert: sums over tiles, and the two numbers that come of them.
+
+    cosine = <R, tau> / (||R|| ||tau||)        gain = <R, tau> / ||tau||^2        R = reconstruction - base
+
+What matters most is the gain: a reconstruction that falls short along the task vector behaves less like the expert than one
+that is noisy across it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tallstore.fit import TaskStatistics, Tile
+from tallstore.manifest import Estimate
+
+# What `SignedMask()` would do, for the estimate of it.
+_THRESHOLD = 1.2
+_SHARED_BITS = 4.0
+
+
+def dot(first: Tensor, second: Tensor) -> float:
+    """Inner product of two 1-D tensors, in float64."""
+    return torch.dot(first.double(), second.double()).item()
+
+
+@dataclass(frozen=True)
+class Sums:
+    """<R, tau>, ||R||^2 and ||tau||^2 over any part of a model; they add up."""
+
+    projection: float = 0.0
+    reconstruction: float = 0.0
+    task_vector: float = 0.0
+
+    def __add__(self, other: Sums) -> Sums:
+        """Over both parts together."""
+        return Sums(
+            self.projection + other.projection,
+            self.reconstruction + other.reconstruction,
+            self.task_vector + other.task_vector,
+        )
+
+    @property
+    def cosine(self) -> float | None:
+        """None where either side is zero."""
+        norms = math.sqrt(self.reconstruction) * math.sqrt(self.task_vector)
+        return self.projection / norms if norms else None
+
+    @property
+    def gain(self) -> float | None:
+        """None where the task vector is zero."""
+        return self.projection / self.task_vector if self.task_vector else None
+
+
+@dataclass(frozen=True)
+class Estimated:
+    """What a fit would do to one tensor of one task: the cosine there, and bits a parameter."""
+
+    cosine: float
+    bits: float
+    numel: int
+    sum_squares: float
+
+
+def sign_estimate(statistics: TaskStatistics) -> Estimated:
+    """One sign bit a parameter and one scale a tensor, gain one: cosine = sum |tau| / (sqrt(n) ||tau||), exactly."""
+    cosine = statistics.sum_magnitudes / math.sqrt(statistics.numel * statistics.sum_squares)
+    return Estimated(cosine, 1.0, statistics.numel, statistics.sum_squares)
+
+
+def signed_estimates(tile: Tile) -> list[Estimated]:
+    """`SignedMask()` on one tile, by task, its bits counted as the entropy of the codes; the tile stands for its tensor."""
+    magnitudes = [
+        vector.abs() / statistics.rms for vector, statistics in zip(tile.task_vectors, tile.statistics, strict=True)
+    ]
+    merged = torch.stack(magnitudes).mean(0)
+    estimates = []
+    for magnitude, statistics in zip(magnitudes, tile.statistics, strict=True):
+        kept = magnitude > _THRESHOLD * merged
+        norm, energy = dot(merged[kept], merged[kept]), dot(magnitude, magnitude)
+        cosine = dot(merged[kept], magnitude[kept]) / math.sqrt(norm * energy) if norm and energy else 0.0
+        density = kept.float().mean().item()
+        bits = _entropy(density) + density + _SHARED_BITS / len(tile.tasks)  # which, of which sign, and its magnitude
+        estimates.append(Estimated(cosine, bits, statistics.numel, statistics.sum_squares))
+    return estimates
+
+
+def _entropy(density: float) -> float:
+    return -sum(p * math.log2(p) for p in (density, 1 - density) if p > 0)
+
+
+def combine(estimates: Iterable[Estimated]) -> Estimate | None:
+    """Over all tensors of a task, each at gain one: there ||R||^2 = ||tau||^2 / cosine^2. None where there is nothing."""
+    task_vector = reconstruction = bits = numel = 0.0
+    for estimate in estimates:
+        if estimate.cosine > 0:
+            task_vector += estimate.sum_squares
+            reconstruction += estimate.sum_squares / estimate.cosine**2
+            bits += estimate.bits * estimate.numel
+            numel += estimate.numel
+    if not numel:
+        return None
+    return Estimate(cosine=_rounded(math.sqrt(task_vector / reconstruction)), bits=_rounded(bits / numel))
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")

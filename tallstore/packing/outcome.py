@@ -1,0 +1,184 @@
+"""What `pack` reports: sizes, fidelity a task, and every tensor that was stored whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tallstore.checkpoints import Checkpoint
+from tallstore.files import Written
+from tallstore.fit import Method
+from tallstore.manifest import Estimate, Manifest, SharedDtype, TaskTable
+from tallstore.packing.group import GroupPacker, StoredWhole, TaskProgress
+
+
+@dataclass(frozen=True)
+class PackedTask:
+    """One task as it was packed.
+
+    Attributes:
+        name, slug: the task.
+        checkpoint_nbytes: its tensors in a plain checkpoint.
+        nbytes: its files in the bundle, companions not counted.
+        coded_numel: elements that were coded; the others are the same as the base's, or whole.
+        bits: a coded parameter costs the task, its share of the shared vectors included; None where nothing was coded.
+        cosine, gain: of the reconstruction, after the final rounding, over the coded tensors.
+        mask_lambda: what `evaluate` chose; None where there was nothing to choose.
+        score: what `evaluate` gave, on weights as a reader gets them.
+        estimates: what other fits would reach, by name.
+        whole: every tensor that was stored whole.
+    """
+
+    name: str
+    slug: str
+    checkpoint_nbytes: int
+    nbytes: int
+    coded_numel: int
+    bits: float | None
+    cosine: float | None
+    gain: float | None
+    mask_lambda: float | None
+    score: float | None
+    estimates: Mapping[str, Estimate]
+    whole: tuple[StoredWhole, ...]
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What `pack` wrote, or with `dry_run` would have written.
+
+    Attributes:
+        path: the bundle.
+        dry_run: nothing was written there.
+        method: its name and parameters.
+        merged_dtype: of the shared vectors.
+        tasks: in the order given.
+        base_nbytes: the base's tensors in a plain checkpoint.
+        shared_nbytes: files of the shared vectors.
+        bundle_nbytes: all files.
+        advice: one-line hints, such as a method that would be smaller and truer.
+    """
+
+    path: Path
+    dry_run: bool
+    method: str
+    merged_dtype: str
+    tasks: tuple[PackedTask, ...]
+    base_nbytes: int
+    shared_nbytes: int
+    bundle_nbytes: int
+    advice: tuple[str, ...]
+
+    @property
+    def checkpoints_nbytes(self) -> int:
+        """The experts as plain checkpoints."""
+        return sum(task.checkpoint_nbytes for task in self.tasks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON types."""
+        plain = asdict(self) | {"path": str(self.path), "checkpoints_nbytes": self.checkpoints_nbytes}
+        for task, packed in zip(plain["tasks"], self.tasks, strict=True):
+            task["estimates"] = {
+                name: {"cosine": estimate.cosine, "bits": estimate.bits} for name, estimate in packed.estimates.items()
+            }
+        return plain
+
+    def __str__(self) -> str:
+        """A few lines for people."""
+        verb = "would pack" if self.dry_run else "packed"
+        ratio = self.checkpoints_nbytes / max(1, self.bundle_nbytes)
+        lines = [
+            f"{verb} {len(self.tasks)} tasks with {self.method}: {megabytes(self.checkpoints_nbytes)} of checkpoints"
+            f" in {megabytes(self.bundle_nbytes)} ({ratio:.1f} times smaller)"
+        ]
+        for task in self.tasks:
+            measured = "nothing coded" if task.cosine is None else f"cosine {task.cosine:.4f}, gain {task.gain:.4f}"
+            bits = "" if task.bits is None else f", {task.bits:.2f} bits a parameter"
+            lines.append(f"  {task.name}: {megabytes(task.nbytes)}, {measured}{bits}, {len(task.whole)} tensors whole")
+        return "\n".join([*lines, *self.advice])
+
+
+def report(
+    base: Checkpoint,
+    group: GroupPacker,
+    manifest: Manifest,
+    packed: Sequence[tuple[TaskProgress, TaskTable, Mapping[str, Written]]],
+    method: Method,
+    dtype: SharedDtype,
+    lambdas: Mapping[str, float],
+) -> PackReport:
+    """Sum up what was written.
+
+    Args:
+        base, group, manifest: of the bundle.
+        packed: for each task, what was written of it.
+        method, dtype: how.
+        lambdas: by task, where they were chosen.
+    """
+    sizes = {file.path: file.size for file in manifest.files}
+    shared_nbytes = sum(size for path, size in sizes.items() if path.startswith("groups/"))
+    share = shared_nbytes / len(packed)
+    tasks = tuple(
+        PackedTask(
+            name=table.name,
+            slug=table.slug,
+            checkpoint_nbytes=_nbytes(task.expert.checkpoint),
+            nbytes=sum(file.size for path, file in written.items() if path.startswith("tasks/")),
+            coded_numel=task.coded_numel,
+            bits=8 * (task.coded_nbytes + share) / task.coded_numel if task.coded_numel else None,
+            cosine=table.fidelity.cosine,
+            gain=table.fidelity.gain,
+            mask_lambda=lambdas.get(table.name),
+            score=table.fidelity.score,
+            estimates=table.fidelity.estimates,
+            whole=tuple(task.whole),
+        )
+        for task, table, written in packed
+    )
+    return PackReport(
+        path=Path(),
+        dry_run=False,
+        method=repr(method),
+        merged_dtype=dtype,
+        tasks=tasks,
+        base_nbytes=_nbytes(base),
+        shared_nbytes=shared_nbytes,
+        bundle_nbytes=sum(sizes.values()),
+        advice=_advice(method, tasks),
+    )
+
+
+def _nbytes(checkpoint: Checkpoint) -> int:
+    return sum(checkpoint.spec(name).nbytes for name in checkpoint.names if name not in checkpoint.aliases)
+
+
+def megabytes(nbytes: int) -> str:
+    """A size for people, in units of 1000."""
+    value = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def _advice(method: Method, tasks: tuple[PackedTask, ...]) -> tuple[str, ...]:
+    """One line where the default method would be both smaller and truer than what was chosen."""
+    measured = [task for task in tasks if task.cosine is not None and task.bits is not None and "signed" in task.estimates]
+    if method.kind == "signed" or not measured:
+        return ()
+
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values)
+
+    bits, cosine = mean([task.bits or 0.0 for task in measured]), mean([task.cosine or 0.0 for task in measured])
+    other_bits = mean([task.estimates["signed"].bits for task in measured])
+    other_cosine = mean([task.estimates["signed"].cosine for task in measured])
+    if other_bits >= bits or other_cosine <= cosine:
+        return ()
+    return (
+        f"SignedMask() would be smaller and truer here: about {other_bits:.2f} bits a parameter at cosine"
+        f" {other_cosine:.3f}, against {bits:.2f} at {cosine:.3f}",
+    )

@@ -1,0 +1,168 @@
+"""Which tensor of which expert can be coded against which tensor of the base: decided from names, dtypes and shapes alone."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from tallstore.checkpoints import Checkpoint
+from tallstore.dtypes import CODED, TensorSpec
+from tallstore.errors import NameMismatchError, OptionError
+
+SMALLEST_CODED_NUMEL = 4096  # below it a code saves next to nothing, and its few numbers degenerate
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One input expert.
+
+    Attributes:
+        task: its name.
+        checkpoint: its weights.
+        base_names: for each of its tensors that is not a tie, the base's name for it; None where the base has none.
+    """
+
+    task: str
+    checkpoint: Checkpoint
+    base_names: Mapping[str, str | None]
+
+    @property
+    def where(self) -> str:
+        """What messages call it."""
+        return f"expert {self.task!r} ({self.checkpoint.where})"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of an expert beside the tensor of the base that it descends from.
+
+    Attributes:
+        expert, name, spec: the expert's tensor.
+        base_spec: the base's tensor.
+        numel: elements of the leading rows that both have; all of them, unless the vocabulary was resized.
+        whole_because: why it is not coded; None where it can be.
+    """
+
+    expert: Expert
+    name: str
+    spec: TensorSpec
+    base_spec: TensorSpec
+    numel: int
+    whole_because: str | None
+
+    @property
+    def is_resized(self) -> bool:
+        """Whether expert and base have different numbers of rows."""
+        return self.spec.shape != self.base_spec.shape
+
+    @property
+    def rows(self) -> int:
+        """Leading rows, by the first dimension, that both have."""
+        return min(self.spec.shape[0], self.base_spec.shape[0])
+
+
+def name_experts(
+    base: Checkpoint, checkpoints: Mapping[str, Checkpoint], key_mapping: Mapping[str, str]
+) -> tuple[Expert, ...]:
+    """Find each expert tensor's name in the base.
+
+    Args:
+        base: the base.
+        checkpoints: by task.
+        key_mapping: regular expression -> replacement, applied in order to the expert's names.
+
+    Raises:
+        NameMismatchError: an expert has no name in common with the base, or two of its names become one.
+        OptionError: a regular expression is none.
+    """
+    try:
+        rules = [(re.compile(pattern), replacement) for pattern, replacement in key_mapping.items()]
+    except re.error as error:
+        raise OptionError(f"key_mapping: {error.pattern!r} is no regular expression ({error})") from None
+    return tuple(_name_expert(base, task, checkpoint, rules) for task, checkpoint in checkpoints.items())
+
+
+def _name_expert(
+    base: Checkpoint, task: str, checkpoint: Checkpoint, rules: Sequence[tuple[re.Pattern[str], str]]
+) -> Expert:
+    where = f"expert {task!r} ({checkpoint.where})"
+    known = set(base.names)
+    base_names: dict[str, str | None] = {}
+    for name in checkpoint.names:
+        if name in checkpoint.aliases:
+            continue
+        mapped = name
+        for pattern, replacement in rules:
+            mapped = pattern.sub(replacement, mapped)
+        base_names[name] = mapped if mapped in known else None
+    twice = [mapped for mapped, count in Counter(filter(None, base_names.values())).items() if count > 1]
+    if twice:
+        names = [name for name, mapped in base_names.items() if mapped == twice[0]]
+        raise NameMismatchError(where, f"key_mapping takes {names[0]!r} and {names[1]!r} both to {twice[0]!r}")
+    if not any(base_names.values()):
+        hint = _prefix_hint(checkpoint.names, base.names)
+        example = f"it has {checkpoint.names[0]!r}, the base has {base.names[0]!r}"
+        raise NameMismatchError(where, f"has no tensor name in common with the base ({example}); {hint}")
+    return Expert(task, checkpoint, base_names)
+
+
+def _prefix_hint(expert_names: Sequence[str], base_names: Sequence[str]) -> str:
+    """The key_mapping that most probably makes the names meet."""
+    for longer, shorter, mapping in (
+        (expert_names, base_names, '{{"^{escaped}": ""}}'),
+        (base_names, expert_names, '{{"^": "{prefix}"}}'),
+    ):
+        known = set(shorter)
+        prefixes = Counter(
+            name[: len(name) - len(tail)]
+            for name in longer
+            for tail in (name.split(".", depth)[-1] for depth in range(1, name.count(".") + 1))
+            if tail in known
+        )
+        if prefixes:
+            prefix = prefixes.most_common(1)[0][0]
+            pair = mapping.format(escaped=re.escape(prefix).replace("\\", "\\\\"), prefix=prefix)
+            return f"the prefix {prefix!r} seems to differ: give key_mapping={pair}"
+    return "give key_mapping={regular expression: replacement} if the names differ, or check that these belong together"
+
+
+def parts_by_base_name(
+    base: Checkpoint, experts: Iterable[Expert], private: Sequence[str]
+) -> dict[str, tuple[Part, ...]]:
+    """For each base tensor that some expert has, the experts' parts in the order of the experts."""
+    parts: dict[str, list[Part]] = {}
+    for expert in experts:
+        for name, base_name in expert.base_names.items():
+            if base_name is not None:
+                part = _part(expert, name, base.spec(base_name), private)
+                parts.setdefault(base_name, []).append(part)
+    return {name: tuple(parts[name]) for name in sorted(parts)}
+
+
+def _part(expert: Expert, name: str, base_spec: TensorSpec, private: Sequence[str]) -> Part:
+    spec = expert.checkpoint.spec(name)
+    resizable = len(spec.shape) > 0 and spec.shape[1:] == base_spec.shape[1:] and len(base_spec.shape) > 0
+    if spec.shape == base_spec.shape:
+        numel = spec.numel
+    else:
+        numel = min(spec.shape[0], base_spec.shape[0]) * math.prod(spec.shape[1:]) if resizable else 0
+    if is_private(name, private):
+        reason: str | None = "asked for by private="
+    elif spec.shape != base_spec.shape and not resizable:
+        reason = f"its shape is not the base's {list(base_spec.shape)}"
+    elif spec.dtype not in CODED or base_spec.dtype not in CODED:
+        reason = f"{spec.dtype if spec.dtype not in CODED else base_spec.dtype} is not coded"
+    elif numel < SMALLEST_CODED_NUMEL:
+        reason = f"fewer than {SMALLEST_CODED_NUMEL:,} elements"
+    else:
+        reason = None
+    return Part(expert, name, spec, base_spec, numel, reason)
+
+
+def is_private(name: str, patterns: Sequence[str]) -> bool:
+    """Whether one of the glob *patterns* matches *name*, case and all."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,176 @@
+"""One tensor of the base under the tensors that the experts made of it, streamed in tiles of whole rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tallstore.checkpoints import Checkpoint
+from tallstore.checkpoints.torch_dtypes import TORCH_DTYPES
+from tallstore.dtypes import CHUNK_NUMEL, CODED, TensorSpec
+from tallstore.errors import NonFiniteError
+from tallstore.fit import TaskStatistics, Tile
+from tallstore.packing.plan import Part
+
+_TILE_NUMEL = 1 << 20  # elements of a tile, over all its tasks: what stays in a processor's cache
+_SMALLEST_TILE_NUMEL = 1 << 15
+_LONGEST_WHOLE_ROW = 1 << 22  # longer rows are streamed in pieces
+_KEPT_NBYTES = 128 << 20  # task vectors up to this size are kept between passes instead of read again
+
+
+def task_vector(base: Tensor, finetuned: Tensor) -> Tensor:
+    """finetuned - base in float32; float64 where one of them is, then rounded once. 1-D, of equal length."""
+    if torch.float64 in (base.dtype, finetuned.dtype):
+        return (finetuned.double() - base.double()).float()
+    return finetuned.float() - base.float()
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What one pass over a part found.
+
+    Attributes:
+        is_same: the leading rows are the base's, bit for bit (after the cast to the expert's dtype).
+        statistics: of the task vector; None where it is the same, or may not be coded.
+    """
+
+    part: Part
+    is_same: bool
+    statistics: TaskStatistics | None
+
+
+def examine(base: Checkpoint, base_name: str, part: Part) -> Examined:
+    """Compare a part with the base, and sum up its task vector if it can be coded.
+
+    Raises:
+        NonFiniteError: it would be coded, and has NaN or infinity.
+    """
+    if _is_same(base, base_name, part):
+        return Examined(part, True, None)
+    if part.whole_because is not None:
+        return Examined(part, False, None)
+    sum_squares = sum_magnitudes = 0.0
+    for start in range(0, part.numel, CHUNK_NUMEL):
+        stop = min(start + CHUNK_NUMEL, part.numel)
+        vector = finite_task_vector(base, base_name, part, start, stop)
+        sum_squares += torch.linalg.vector_norm(vector, dtype=torch.float64).item() ** 2
+        sum_magnitudes += torch.linalg.vector_norm(vector, ord=1, dtype=torch.float64).item()
+    return Examined(part, False, TaskStatistics(part.numel, sum_squares, sum_magnitudes))
+
+
+def finite_task_vector(base: Checkpoint, base_name: str, part: Part, start: int, stop: int) -> Tensor:
+    """Elements [start, stop) of a part's task vector.
+
+    Raises:
+        NonFiniteError: one of them is NaN or infinite.
+    """
+    reference = base.read(base_name, start, stop)
+    vector = task_vector(reference, part.expert.checkpoint.read(part.name, start, stop))
+    if not math.isfinite(torch.linalg.vector_norm(vector, dtype=torch.float64).item()):
+        raise _non_finite(part, reference, start)
+    return vector
+
+
+def _is_same(base: Checkpoint, base_name: str, part: Part) -> bool:
+    spec, base_spec = part.spec, part.base_spec
+    castable = spec.dtype in CODED and base_spec.dtype in CODED
+    if part.is_resized and (part.numel == 0 or part.whole_because is not None):
+        return False
+    if spec.dtype != base_spec.dtype and not castable:
+        return False
+    for start in range(0, part.numel, CHUNK_NUMEL):
+        stop = min(start + CHUNK_NUMEL, part.numel)
+        ours = part.expert.checkpoint.read(part.name, start, stop)
+        theirs = base.read(base_name, start, stop).to(ours.dtype)
+        if not torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)):
+            return False
+    return True
+
+
+def _non_finite(part: Part, base: Tensor, start: int) -> NonFiniteError:
+    finetuned = part.expert.checkpoint.read(part.name, start, start + base.numel())
+    wrong = torch.nonzero(~(torch.isfinite(finetuned.float()) & torch.isfinite(base.float())))
+    at = f"element {start + int(wrong[0])}" if len(wrong) else "a difference from the base"
+    return NonFiniteError(
+        part.expert.where,
+        f"tensor {part.name!r} has NaN or infinity ({at}); keep it whole with private={part.name!r}, or mend the weights",
+    )
+
+
+@dataclass(frozen=True)
+class Span:
+    """A range of a tensor: whole rows, or a piece of one.
+
+    Attributes:
+        start, stop: elements.
+        row: the first row.
+        rows: how many; 1 for a piece.
+    """
+
+    start: int
+    stop: int
+    row: int
+    rows: int
+
+
+class Stack:
+    """The parts of one base tensor that are to be coded, as tiles of task vectors."""
+
+    def __init__(self, base: Checkpoint, name: str, examined: Sequence[Examined]) -> None:
+        self.base, self.name = base, name
+        self.spec: TensorSpec = base.spec(name)
+        self.parts = tuple(found.part for found in examined)
+        self.statistics = tuple(found.statistics for found in examined if found.statistics is not None)
+        # Rows run over the first dimension; a tensor of one dimension is one row.
+        self.rows = self.spec.shape[0] if len(self.spec.shape) > 1 else 1
+        self.row_length = self.spec.numel // self.rows
+        cuts = sorted({part.numel for part in self.parts} | {self.spec.numel})
+        target = max(_SMALLEST_TILE_NUMEL, _TILE_NUMEL // len(self.parts))
+        self.rows_are_whole = self.row_length <= _LONGEST_WHOLE_ROW and all(cut % self.row_length == 0 for cut in cuts)
+        self.spans = tuple(self._spans(cuts, target))
+        keep = sum(part.numel for part in self.parts) * 4 <= _KEPT_NBYTES
+        self._kept: dict[str, Tensor] | None = {} if keep else None
+
+    def tile(self, span: Span) -> Tile:
+        """Task vectors of the tasks that cover *span*; none of them at the end of a base that every expert cut short."""
+        covering = [position for position, part in enumerate(self.parts) if span.stop <= part.numel]
+        return Tile(
+            tasks=tuple(self.parts[position].expert.task for position in covering),
+            task_vectors=tuple(self._task_vector(self.parts[position], span) for position in covering),
+            statistics=tuple(self.statistics[position] for position in covering),
+        )
+
+    def _task_vector(self, part: Part, span: Span) -> Tensor:
+        if self._kept is None:
+            return self._read(part, span.start, span.stop)
+        if part.expert.task not in self._kept:
+            whole = torch.empty(part.numel, dtype=torch.float32)
+            for start in range(0, part.numel, CHUNK_NUMEL):
+                stop = min(start + CHUNK_NUMEL, part.numel)
+                whole[start:stop] = self._read(part, start, stop)
+            self._kept[part.expert.task] = whole
+        return self._kept[part.expert.task][span.start : span.stop]
+
+    def _read(self, part: Part, start: int, stop: int) -> Tensor:
+        return task_vector(self.base.read(self.name, start, stop), part.expert.checkpoint.read(part.name, start, stop))
+
+    def _spans(self, cuts: Sequence[int], target: int) -> Iterator[Span]:
+        start = 0
+        step = max(1, target // self.row_length) * self.row_length if self.rows_are_whole else target
+        for cut in cuts:
+            while start < cut:
+                stop = min(start + step, cut)
+                if not self.rows_are_whole:
+                    stop = min(stop, (start // self.row_length + 1) * self.row_length)
+                row = start // self.row_length
+                yield Span(start, stop, row, (stop - start) // self.row_length if self.rows_are_whole else 1)
+                start = stop
+
+
+def result_dtype(part: Part) -> torch.dtype:
+    """The expert's own dtype, in which its tensor is rebuilt."""
+    return TORCH_DTYPES[part.spec.dtype]
