@@ -6,13 +6,15 @@ All arrays are numpy uint8. The last byte's unused high bits are zero: one seque
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
 
-_WORDS = {2: np.uint32, 4: np.uint16}  # one packed byte holds as many fields as this word has bytes
+# One packed byte holds as many fields as this word has bytes.
+_WORDS: dict[int, np.dtype[Any]] = {2: np.dtype("<u4"), 4: np.dtype("<u2")}
 
 
 def packed_nbytes(numel: int, width: int) -> int:
@@ -32,7 +34,8 @@ def pack(codes: Bytes, width: int) -> Bytes:
     gathered = words.copy()
     for field in range(1, per_byte):  # byte `field` of the word moves down to bit field * width
         gathered |= words >> words.dtype.type(field * (8 - width))
-    return (gathered & words.dtype.type(0xFF)).astype(np.uint8)
+    low: Bytes = (gathered & words.dtype.type(0xFF)).astype(np.uint8)
+    return low
 
 
 def unpack(packed: Bytes, numel: int, width: int) -> Bytes:
@@ -42,7 +45,7 @@ def unpack(packed: Bytes, numel: int, width: int) -> Bytes:
     return look_up(packed, numel, width, tuple(range(1 << width)), np.dtype(np.uint8))
 
 
-def look_up(packed: Bytes, numel: int, width: int, values: tuple[float, ...], dtype: np.dtype) -> NDArray:
+def look_up(packed: Bytes, numel: int, width: int, values: tuple[float, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     """The value of each code: ``values[code]`` as *dtype*, by one table look-up a packed byte (width 2 or 4).
 
     Returns:
@@ -53,13 +56,13 @@ def look_up(packed: Bytes, numel: int, width: int, values: tuple[float, ...], dt
 
 
 @cache
-def _byte_table(width: int, values: tuple[float, ...], dtype: np.dtype) -> NDArray:
-    """For each of the 256 bytes, the values of its fields side by side, as one unsigned integer."""
+def _byte_table(width: int, values: tuple[float, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """For each of the 256 bytes, the values of its fields side by side, as one item."""
     per_byte = 8 // width
     byte = np.arange(256)[:, None]
     codes = (byte >> (np.arange(per_byte) * width)) & ((1 << width) - 1)
     fields = np.ascontiguousarray(np.asarray(values, dtype)[codes])
-    return fields.view(f"u{per_byte * dtype.itemsize}").reshape(256)
+    return fields.view(f"V{per_byte * dtype.itemsize}").reshape(256)
 
 
 def padding_is_zero(packed: Bytes, numel: int, width: int) -> bool:

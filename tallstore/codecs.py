@@ -1,7 +1,7 @@
 """How the decoded bytes of a chunk are stored: raw, as one zstd frame, or as byte planes under zstd.
 
-`encode` and `decode` are inverse, take one chunk, and keep nothing. Decoding never trusts a length that the stored bytes
-declare: the caller says how many bytes must come out, before anything is allocated.
+`encode` and `decode` are inverse, take one chunk, and keep nothing. Decoding never trusts a length that the stored
+bytes declare: the caller says how many bytes must come out, before anything is allocated.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def encode(codec: Codec, chunk: Bytes, itemsize: int) -> bytes:
         return chunk.tobytes()
     if codec == "planes-zstd":
         chunk = np.ascontiguousarray(chunk.reshape(-1, itemsize).T).reshape(-1)
-    return zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=False, write_content_size=True).compress(chunk.data)
+    compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=False, write_content_size=True)
+    return compressor.compress(chunk.data)
 
 
 def decode(codec: Codec, stored: Bytes, nbytes: int, itemsize: int, where: str) -> Bytes:

@@ -7,30 +7,36 @@ in which payloads are stored and hashed, and in which inputs are read.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final
+from typing import Final, Literal, TypeAlias, TypeGuard
 
-DTYPES: Final = MappingProxyType(
-    {
-        "BOOL": 1,
-        "U8": 1,
-        "I8": 1,
-        "F8_E4M3": 1,
-        "F8_E5M2": 1,
-        "I16": 2,
-        "U16": 2,
-        "F16": 2,
-        "BF16": 2,
-        "I32": 4,
-        "U32": 4,
-        "F32": 4,
-        "F64": 8,
-        "I64": 8,
-        "U64": 8,
-        "C64": 8,
-    }
-)
+Dtype: TypeAlias = Literal[
+    "BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "I16", "U16", "F16", "BF16",
+    "I32", "U32", "F32", "F64", "I64", "U64", "C64",
+]  # fmt: skip
+"""The name of a data type that a bundle can hold."""
+
+_NBYTES: Final[dict[Dtype, int]] = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I16": 2,
+    "U16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "U32": 4,
+    "F32": 4,
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "C64": 8,
+}
+DTYPES: Final[Mapping[Dtype, int]] = MappingProxyType(_NBYTES)
 """Name of every data type that a bundle can hold -> bytes an element."""
 
 FLOATING: Final = frozenset({"F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64"})
@@ -42,9 +48,14 @@ CHUNK_NUMEL: Final = 2**20
 """Elements of a chunk; a tensor's last chunk may be shorter."""
 
 
-def itemsize(dtype: str) -> int:
+def itemsize(dtype: Dtype) -> int:
     """Bytes an element of *dtype*; KeyError for a name that is not in `DTYPES`."""
     return DTYPES[dtype]
+
+
+def is_dtype(name: str) -> TypeGuard[Dtype]:
+    """Whether *name* is in `DTYPES`."""
+    return name in DTYPES
 
 
 def is_floating(dtype: str) -> bool:
@@ -61,7 +72,7 @@ class TensorSpec:
         shape: empty for a tensor of 0 dimensions, which has one element.
     """
 
-    dtype: str
+    dtype: Dtype
     shape: tuple[int, ...]
 
     @property

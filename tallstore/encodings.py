@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tallstore import bits
 from tallstore.bits import Bytes
@@ -16,7 +17,8 @@ from tallstore.dtypes import CODED, DTYPES
 from tallstore.errors import FormatError
 from tallstore.r13 import SMALLEST, is_r13
 
-# Code k of log4 stands for 2^(-k/2); 181/256 replaces the square root of 1/2, so that 8 significant bits hold every value.
+# Code k of log4 stands for 2^(-k/2); 181/256 replaces the square root of 1/2, so that 8 significant bits hold every
+# value.
 LOG4_VALUES: tuple[float, ...] = tuple(
     2.0 ** -(k // 2) if k % 2 == 0 else 181 / 256 * 2.0 ** -((k - 1) // 2) for k in range(16)
 )
@@ -105,29 +107,29 @@ def _shared_float(dtype: str) -> Check:
     return check
 
 
-def _as_float32(chunk: Bytes, dtype: str) -> np.ndarray:
+def _as_float32(chunk: Bytes, dtype: str) -> NDArray[np.float32]:
     if dtype == "BF16":  # the upper half of a float32
         return (chunk.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
     return chunk.view({"F16": "<f2", "F32": "<f4"}[dtype]).astype(np.float32)
 
 
-BITS = Encoding("bits", 1, False, _padding(1))
-SIGNED = Encoding("signed", 2, False, _signed)
-GAINS = Encoding("gains", 32, True, _r13)
-STEPS = Encoding("steps", 32, True, _steps)
-POOL = Encoding("pool", 8, False, _anything)
+BITS = Encoding("bits", 1, is_float=False, check=_padding(1))
+SIGNED = Encoding("signed", 2, is_float=False, check=_signed)
+GAINS = Encoding("gains", 32, is_float=True, check=_r13)
+STEPS = Encoding("steps", 32, is_float=True, check=_steps)
+POOL = Encoding("pool", 8, is_float=False, check=_anything)
 
 #: Encodings of a shared vector, by the dtype that group.json records.
 SHARED: dict[str, Encoding] = {
-    "LOG4": Encoding("LOG4", 4, False, _padding(4)),
-    "I8": Encoding("I8", 8, False, _int8),
-    "F16": Encoding("F16", 16, True, _shared_float("F16")),
-    "BF16": Encoding("BF16", 16, True, _shared_float("BF16")),
-    "F32": Encoding("F32", 32, True, _shared_float("F32")),
+    "LOG4": Encoding("LOG4", 4, is_float=False, check=_padding(4)),
+    "I8": Encoding("I8", 8, is_float=False, check=_int8),
+    "F16": Encoding("F16", 16, is_float=True, check=_shared_float("F16")),
+    "BF16": Encoding("BF16", 16, is_float=True, check=_shared_float("BF16")),
+    "F32": Encoding("F32", 32, is_float=True, check=_shared_float("F32")),
 }
 
 #: Encodings of whole tensors, by safetensors dtype.
 WHOLE: dict[str, Encoding] = {
-    name: Encoding(name, 8 * itemsize, name in CODED, _bool if name == "BOOL" else _anything)
+    name: Encoding(name, 8 * itemsize, is_float=name in CODED, check=_bool if name == "BOOL" else _anything)
     for name, itemsize in DTYPES.items()
 }

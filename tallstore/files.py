@@ -1,7 +1,7 @@
 """Files written whole or not at all, and directories that appear in one step.
 
-Nothing here knows about bundles. A file is staged beside its place, flushed to the disk and renamed; a directory is filled
-under another name and renamed, or exchanged with the one it replaces.
+Nothing here knows about bundles. A file is staged beside its place, flushed to the disk and renamed; a directory is
+filled under another name and renamed, or exchanged with the one it replaces.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from tallstore.errors import OutputBusyError, OutputError
+
+if sys.platform != "win32":
+    import fcntl
 
 _COPY_NBYTES = 1 << 20
 _AT_FDCWD = -100
@@ -37,19 +40,26 @@ class Written:
 def write_file(path: Path, *parts: bytes | Path) -> Written:
     """Write *parts* (bytes, or files to copy) to *path*: staged, flushed to the disk, renamed.
 
-    Mode 0644 less the umask, as any other program would write it.
+    Mode 0666 less the umask, as any other program would write it.
     """
     size = sum(part.stat().st_size if isinstance(part, Path) else len(part) for part in parts)
+    return write_stream(path, size, _pieces(parts))
+
+
+def write_stream(path: Path, size: int, pieces: Iterable[bytes]) -> Written:
+    """Write *pieces*, *size* bytes together, to *path*: staged, flushed to the disk, renamed."""
     sha256, sha1 = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     staged = path.with_name(path.name + ".partial")
     try:
         with staged.open("wb") as file:
-            for piece in _pieces(parts):
+            for piece in pieces:
                 sha256.update(piece)
                 sha1.update(piece)
                 file.write(piece)
             file.flush()
             os.fsync(file.fileno())
+            if file.tell() != size:
+                raise OutputError(f"{path}: {file.tell()} bytes came where {size} were due; did an input change?")
         staged.replace(path)
     except BaseException:
         staged.unlink(missing_ok=True)
@@ -93,14 +103,16 @@ def staged_directory(target: Path) -> Iterator[Path]:
     """A directory to fill, which takes the place of *target* in one step when the block ends without an error.
 
     On an error, and on Ctrl-C, it is removed and *target* is as it was. What a killed process left behind is removed by
-    the next one that writes to the same *target*.
+    the next one that writes to the same *target*. Where *target* is a link, what it leads to is replaced.
 
     Raises:
         OutputBusyError: another process is filling it.
         OutputError: the directory cannot be made.
     """
+    target = Path(os.path.realpath(target))
     parent = target.parent
     staging = parent / f".{target.name}.partial"
+    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     try:
         parent.mkdir(parents=True, exist_ok=True)
         lock = _lock(staging, target)
@@ -116,7 +128,11 @@ def staged_directory(target: Path) -> Iterator[Path]:
         _put_in_place(staging, target)
         sync_directory(parent)
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+        if _is_held(staging, lock):
+            shutil.rmtree(staging, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not empty: something else is there by now
+            for folder in made:
+                folder.rmdir()
         raise
     finally:
         if lock is not None:
@@ -124,25 +140,49 @@ def staged_directory(target: Path) -> Iterator[Path]:
 
 
 def _lock(staging: Path, target: Path) -> int | None:
-    """Make *staging* and lock the directory itself: the lock follows it through renames and dies with the process."""
-    while True:
-        staging.mkdir(exist_ok=True)
-        if os.name != "posix":
-            return None
-        import fcntl
+    """Make *staging* and lock the directory itself: the lock follows it through renames and dies with the process.
 
-        descriptor = os.open(staging, os.O_RDONLY)
+    Returns:
+        an open descriptor of the directory; None where the system has no such locks.
+    """
+    while True:
+        with contextlib.suppress(FileExistsError):
+            staging.mkdir()
+        if sys.platform == "win32":
+            return None
+        try:
+            descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            continue  # its last writer put it in place between our two calls: make a new one
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             os.close(descriptor)
-            holder = staging / _HOLDER
-            who = f"process {holder.read_text()}" if holder.exists() else "another process"
-            raise OutputBusyError(f"{target}: {who} is writing it; wait, or choose another place") from None
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), staging.stat()):
-                return descriptor
-        os.close(descriptor)  # its last writer put it in place between our two calls: make a new one
+            raise OutputBusyError(
+                f"{target}: {_holder(staging)} is writing it; wait, or choose another place"
+            ) from None
+        except OSError:
+            return descriptor  # a file system without locks
+        if _is_held(staging, descriptor):
+            return descriptor
+        os.close(descriptor)  # put in place before it was locked: make a new one
+
+
+def _holder(staging: Path) -> str:
+    try:
+        return f"process {int((staging / _HOLDER).read_text())}"
+    except (OSError, ValueError):
+        return "another process"
+
+
+def _is_held(staging: Path, lock: int | None) -> bool:
+    """Whether the directory that *lock* was taken on is still the one named *staging*."""
+    if lock is None:
+        return True
+    try:
+        return os.path.samestat(os.fstat(lock), staging.lstat())
+    except FileNotFoundError:
+        return False
 
 
 def _clear(staging: Path) -> None:
@@ -157,16 +197,40 @@ def _put_in_place(staging: Path, target: Path) -> None:
     if not target.exists() or not any(target.iterdir()):
         staging.replace(target)  # over an empty directory too
         return
-    if _exchange(staging, target):
-        shutil.rmtree(staging)
-        return
-    # Without an atomic exchange the old directory steps aside; a crash between the two leaves it under this name.
+    # The old directory is removed under the staging name: locked, so that no other writer takes it for its own.
+    with _locked(target):
+        if _exchange(staging, target):
+            shutil.rmtree(staging, ignore_errors=True)
+        else:
+            _step_aside(staging, target)
+
+
+def _step_aside(staging: Path, target: Path) -> None:
+    """Replace *target* in two steps; a machine that stops between them leaves the old directory under another name."""
     aside = target.with_name(f".{target.name}.replaced")
     if aside.exists():
         shutil.rmtree(aside)
     target.replace(aside)
-    staging.replace(target)
-    shutil.rmtree(aside)
+    try:
+        staging.replace(target)
+    except BaseException:
+        aside.replace(target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    if sys.platform == "win32":
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _exchange(first: Path, second: Path) -> bool:

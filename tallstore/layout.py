@@ -1,4 +1,4 @@
-"""Where things are in a bundle: the closed grammar of its paths, the slugs of its tasks, and files opened without leaving it."""
+"""Where things are in a bundle: the closed grammar of its paths, the slugs of its tasks, and how to stay inside it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BASE_DIRECTORY = "base"
 #: Files of a bundle that are outside its integrity: the user's to edit.
 OUTSIDE_INTEGRITY = frozenset({MANIFEST, "README.md", ".gitattributes"})
 
-_DEVICE = r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])"
+_DEVICE = r"(?:con|prn|aux|nul|com[1-9]|lpt[1-9])"
 _SLUG = rf"(?!{_DEVICE}$)[a-z0-9][a-z0-9_-]{{0,63}}"
 _SEGMENT = rf"(?!(?i:{_DEVICE})(?:\.|$))[A-Za-z0-9_][A-Za-z0-9._-]{{0,127}}(?<!\.)"
 _SHARD = r"[0-9]{5}-of-[0-9]{5}\.safetensors"
@@ -98,8 +98,8 @@ def is_companion_name(name: str) -> bool:
 def slugify(name: str, taken: Container[str]) -> str:
     """A slug for the task *name* that is not in *taken*.
 
-    Letters lose their accents and their case, what is left over becomes hyphens. Where nothing readable remains, or the slug
-    is taken, a few digits of the name's sha256 are added; the result depends on the arguments alone.
+    Letters lose their accents and their case, what is left over becomes hyphens. Where nothing readable remains, or the
+    slug is taken, a few digits of the name's sha256 are added; the result depends on the arguments alone.
     """
     plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
     slug = re.sub(r"[^a-z0-9_]+", "-", plain).strip("-_")[:64].rstrip("-_")

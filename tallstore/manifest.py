@@ -1,21 +1,24 @@
 """The JSON files of a bundle as frozen types: parsed strictly once, so that nothing downstream sees a dict.
 
-One type a file (`Manifest`, `BaseTable`, `GroupTable`, `TaskTable`), and `parse` and `serialise` for all of them. The JSON
-Schemas in ``spec/schema`` are generated from these types.
+One type a file (`Manifest`, `BaseTable`, `GroupTable`, `TaskTable`), and `parse` and `serialise` for all of them. The
+JSON Schemas in ``spec/schema`` are generated from these types.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
 
+from tallstore.dtypes import Dtype
 from tallstore.errors import FormatError, IntegrityError, UnsupportedFeatureError, UnsupportedVersionError
 
 FORMAT_VERSION = "1.0-draft"
@@ -28,25 +31,26 @@ MAX_TASKS = 100_000
 MAX_TENSORS = 1_000_000
 MAX_NUMEL = 1 << 40
 
+_MAX_SHOWN_TEXT = 80
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+# Patterns end in `$(?!\n)`: Python's `$` alone also matches before a line feed at the end, ECMAScript's does not.
 _CONTROL = r"\u0000-\u001f\u007f-\u009f"
-Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
-GitOid = Annotated[str, Meta(pattern="^[0-9a-f]{40}$")]
-Xxh3 = Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$(?!\n)")]
+GitOid = Annotated[str, Meta(pattern=r"^[0-9a-f]{40}$(?!\n)")]
+Xxh3 = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}$(?!\n)")]
 Natural = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
-TaskName = Annotated[str, Meta(min_length=1, max_length=256, pattern=f"^[^{_CONTROL}]*$")]
-TensorName = Annotated[str, Meta(min_length=1, max_length=1024, pattern=f"^[^{_CONTROL}]*$")]
-Slug = Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9_-]{0,63}$")]
-GroupId = Annotated[str, Meta(pattern="^g[0-9]{4}$")]
-RepoId = Annotated[str, Meta(pattern="^[A-Za-z0-9_.-]{1,96}(/[A-Za-z0-9_.-]{1,96})?$")]
+TaskName = Annotated[str, Meta(min_length=1, max_length=256, pattern=rf"^[^{_CONTROL}]*$(?!\n)")]
+TensorName = Annotated[str, Meta(min_length=1, max_length=1024, pattern=rf"^[^{_CONTROL}]*$(?!\n)")]
+Slug = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$(?!\n)")]
+GroupId = Annotated[str, Meta(pattern=r"^g[0-9]{4}$(?!\n)")]
+RepoId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,96}(/[A-Za-z0-9_.-]{1,96})?$(?!\n)")]
 Shape = Annotated[tuple[Natural, ...], Meta(max_length=16)]
 RowAxes = Annotated[int, Meta(ge=0, le=16)]
-Dtype = Literal[
-    "BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "F64", "I64", "U64", "C64"
-]  # fmt: skip
 CodedDtype = Literal["F16", "BF16", "F32", "F64"]
 SharedDtype = Literal["F32", "BF16", "F16", "I8", "LOG4"]
 Role = Literal["merged", "merged_lo", "centre"]
-Scalar = Union[str, bool, int, float, None]
+Scalar = str | bool | int | float | None
 
 
 class _Part(Struct, frozen=True, omit_defaults=True):
@@ -56,14 +60,14 @@ class _Part(Struct, frozen=True, omit_defaults=True):
 # --- what several files use -------------------------------------------------------------------------------------------
 
 
-class Method(_Part, kw_only=True):
+class Method(_Part, frozen=True, kw_only=True):
     """How a group was fitted. For people: a reader does not need it."""
 
     name: str
     parameters: dict[str, Scalar | list[Scalar]]
 
 
-class Pool(_Part, kw_only=True):
+class Pool(_Part, frozen=True, kw_only=True):
     """The payload of a shard that many small ones share; its elements are bytes."""
 
     nbytes: Natural
@@ -71,7 +75,7 @@ class Pool(_Part, kw_only=True):
     at: Natural
 
 
-class Shard(_Part, kw_only=True):
+class Shard(_Part, frozen=True, kw_only=True):
     """One safetensors file, with the hashes of what stands before and behind its payloads."""
 
     file: str
@@ -80,7 +84,7 @@ class Shard(_Part, kw_only=True):
     pool: Pool | None = None
 
 
-class Payload(_Part, kw_only=True):
+class Payload(_Part, frozen=True, kw_only=True):
     """Where the bytes of one tensor are.
 
     Attributes:
@@ -94,10 +98,10 @@ class Payload(_Part, kw_only=True):
     at: Natural
 
 
-# --- tallstore.json -----------------------------------------------------------------------------------------------------
+# --- tallstore.json ---------------------------------------------------------------------------------------------------
 
 
-class BasePin(_Part, kw_only=True):
+class BasePin(_Part, frozen=True, kw_only=True):
     """Which base the experts are rebuilt on. Its hashes are in base.json."""
 
     repo_id: RepoId | None
@@ -105,12 +109,14 @@ class BasePin(_Part, kw_only=True):
     embedded: bool
 
 
-class GroupEntry(_Part, kw_only=True):
+class GroupEntry(_Part, frozen=True, kw_only=True):
+    """A group as the manifest lists it."""
+
     id: GroupId
     method: Method
 
 
-class TaskEntry(_Part, kw_only=True):
+class TaskEntry(_Part, frozen=True, kw_only=True):
     """A task as the manifest lists it.
 
     Attributes:
@@ -127,7 +133,7 @@ class TaskEntry(_Part, kw_only=True):
     gain: float | None
 
 
-class FileEntry(_Part, kw_only=True):
+class FileEntry(_Part, frozen=True, kw_only=True):
     """A file of the bundle.
 
     Attributes:
@@ -143,7 +149,7 @@ class FileEntry(_Part, kw_only=True):
     git_oid: GitOid | None
 
 
-class Manifest(_Part, kw_only=True):
+class Manifest(_Part, frozen=True, kw_only=True):
     """tallstore.json: what is in the bundle, and the hash of every file."""
 
     format: Literal["tallstore"]
@@ -157,10 +163,10 @@ class Manifest(_Part, kw_only=True):
     files: tuple[FileEntry, ...]
 
 
-# --- base.json ----------------------------------------------------------------------------------------------------------
+# --- base.json --------------------------------------------------------------------------------------------------------
 
 
-class BaseTensor(_Part, kw_only=True):
+class BaseTensor(_Part, frozen=True, kw_only=True):
     """A tensor of the base: dtype, shape, and the hash of each chunk's bytes; or the name of the one it is tied to."""
 
     name: TensorName
@@ -170,17 +176,17 @@ class BaseTensor(_Part, kw_only=True):
     alias_of: TensorName | None = None
 
 
-class BaseTable(_Part, kw_only=True):
+class BaseTable(_Part, frozen=True, kw_only=True):
     """base.json: what the base must be."""
 
     format: Literal["tallstore.base"]
     tensors: Annotated[tuple[BaseTensor, ...], Meta(max_length=MAX_TENSORS)]
 
 
-# --- groups/<id>/group.json ---------------------------------------------------------------------------------------------
+# --- groups/<id>/group.json -------------------------------------------------------------------------------------------
 
 
-class Vector(_Part, kw_only=True):
+class Vector(_Part, frozen=True, kw_only=True):
     """A shared vector: one value for each element of a base tensor, with a step a row for I8 and LOG4."""
 
     tensor: TensorName
@@ -191,7 +197,7 @@ class Vector(_Part, kw_only=True):
     step: Payload | None = None
 
 
-class GroupTable(_Part, kw_only=True):
+class GroupTable(_Part, frozen=True, kw_only=True):
     """group.json: the vectors that the tasks of a group share."""
 
     format: Literal["tallstore.group"]
@@ -202,14 +208,14 @@ class GroupTable(_Part, kw_only=True):
     vectors: Annotated[tuple[Vector, ...], Meta(max_length=MAX_TENSORS)]
 
 
-# --- tasks/<slug>/task.json ---------------------------------------------------------------------------------------------
+# --- tasks/<slug>/task.json -------------------------------------------------------------------------------------------
 
 
-class _Code(_Part, tag_field="kind", kw_only=True):
+class _Code(_Part, tag_field="kind", frozen=True, kw_only=True):
     """How a tensor, or its leading rows, are stored."""
 
 
-class _ScaledCode(_Code, kw_only=True):
+class _ScaledCode(_Code, frozen=True, kw_only=True):
     """A code with either one gain, or a gain a row."""
 
     gain: float | None = None
@@ -217,22 +223,26 @@ class _ScaledCode(_Code, kw_only=True):
     row_axes: RowAxes = 1
 
 
-class MaskCode(_ScaledCode, tag="mask", kw_only=True):
+class MaskCode(_ScaledCode, tag="mask", frozen=True, kw_only=True):
+    """base + gain * (bit ? merged : nothing)."""
+
     bits: Payload
 
 
-class SignedCode(_ScaledCode, tag="signed", kw_only=True):
+class SignedCode(_ScaledCode, tag="signed", frozen=True, kw_only=True):
+    """base + gain * (+merged, -merged or nothing)."""
+
     fields: Payload
 
 
-class SameCode(_Code, tag="same", kw_only=True):
-    pass
+class SameCode(_Code, tag="same", frozen=True, kw_only=True):
+    """Equal to the base."""
 
 
-RowsCode = Union[MaskCode, SignedCode, SameCode]
+RowsCode = MaskCode | SignedCode | SameCode
 
 
-class Whole(_Code, kw_only=True):
+class Whole(_Code, frozen=True, kw_only=True):
     """A tensor of the expert: its own name, dtype and shape."""
 
     name: TensorName
@@ -240,7 +250,7 @@ class Whole(_Code, kw_only=True):
     shape: Shape
 
 
-class BasedTensor(Whole, kw_only=True):
+class BasedTensor(Whole, frozen=True, kw_only=True):
     """A tensor that is rebuilt on the base's.
 
     Attributes:
@@ -255,7 +265,7 @@ class BasedTensor(Whole, kw_only=True):
         return self.name if self.base is None else self.base
 
 
-class _ScaledTensor(BasedTensor, kw_only=True):
+class _ScaledTensor(BasedTensor, frozen=True, kw_only=True):
     """A whole tensor under one code; the same fields as `_ScaledCode`, behind the tensor's own."""
 
     gain: float | None = None
@@ -263,23 +273,23 @@ class _ScaledTensor(BasedTensor, kw_only=True):
     row_axes: RowAxes = 1
 
 
-class MaskTensor(_ScaledTensor, tag="mask", kw_only=True):
+class MaskTensor(_ScaledTensor, tag="mask", frozen=True, kw_only=True):
     """base + gain * (bit ? merged : nothing)."""
 
     bits: Payload
 
 
-class SignedTensor(_ScaledTensor, tag="signed", kw_only=True):
+class SignedTensor(_ScaledTensor, tag="signed", frozen=True, kw_only=True):
     """base + gain * (+merged, -merged or nothing)."""
 
     fields: Payload
 
 
-class SameTensor(BasedTensor, tag="same", kw_only=True):
+class SameTensor(BasedTensor, tag="same", frozen=True, kw_only=True):
     """Equal to the base."""
 
 
-class ExtendedTensor(BasedTensor, tag="extended", kw_only=True):
+class ExtendedTensor(BasedTensor, tag="extended", frozen=True, kw_only=True):
     """Leading rows rebuilt on the base's, further rows stored whole."""
 
     rows: Natural
@@ -287,31 +297,31 @@ class ExtendedTensor(BasedTensor, tag="extended", kw_only=True):
     further: Payload | None = None
 
 
-class PrivateTensor(Whole, tag="private", kw_only=True):
+class PrivateTensor(Whole, tag="private", frozen=True, kw_only=True):
     """Stored whole; no payload where it has no elements."""
 
     values: Payload | None = None
 
 
-class AliasTensor(_Code, tag="alias", kw_only=True):
+class AliasTensor(_Code, tag="alias", frozen=True, kw_only=True):
     """Tied to another tensor of the task."""
 
     name: TensorName
     of: TensorName
 
 
-class DroppedTensor(_Code, tag="dropped", kw_only=True):
+class DroppedTensor(_Code, tag="dropped", frozen=True, kw_only=True):
     """A tensor of the base that the expert does not have."""
 
     name: TensorName
 
 
-CodedTensor = Union[MaskTensor, SignedTensor]
-ScaledCode = Union[MaskCode, SignedCode, MaskTensor, SignedTensor]
-Tensor = Union[MaskTensor, SignedTensor, PrivateTensor, ExtendedTensor, SameTensor, AliasTensor, DroppedTensor]
+CodedTensor = MaskTensor | SignedTensor
+ScaledCode = MaskCode | SignedCode | MaskTensor | SignedTensor
+Tensor = MaskTensor | SignedTensor | PrivateTensor | ExtendedTensor | SameTensor | AliasTensor | DroppedTensor
 
 
-class CompanionFile(_Part, kw_only=True):
+class CompanionFile(_Part, frozen=True, kw_only=True):
     """A file that belongs to the expert (its config, its tokenizer), stored once under its sha256."""
 
     name: str
@@ -319,14 +329,19 @@ class CompanionFile(_Part, kw_only=True):
     size: Natural
 
 
-class Estimate(_Part, kw_only=True):
-    """What another fit of the same task would reach: its cosine, and bits a parameter an expert, shared vector included."""
+class Estimate(_Part, frozen=True, kw_only=True):
+    """What another fit of the same task would reach.
+
+    Attributes:
+        cosine: as in the manifest's entry.
+        bits: a parameter an expert, its share of the shared vector included.
+    """
 
     cosine: float
     bits: float
 
 
-class Fidelity(_Part, kw_only=True):
+class Fidelity(_Part, frozen=True, kw_only=True):
     """How near the reconstruction is to the expert, after the final rounding.
 
     Attributes:
@@ -341,7 +356,7 @@ class Fidelity(_Part, kw_only=True):
     estimates: dict[str, Estimate]
 
 
-class TaskTable(_Part, kw_only=True):
+class TaskTable(_Part, frozen=True, kw_only=True):
     """task.json: every tensor of one task, and where its bytes are."""
 
     format: Literal["tallstore.task"]
@@ -355,7 +370,7 @@ class TaskTable(_Part, kw_only=True):
     fidelity: Fidelity
 
 
-# --- reading ------------------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 Table = TypeVar("Table", Manifest, BaseTable, GroupTable, TaskTable)
 
@@ -367,14 +382,13 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
         UnsupportedVersionError: VER-1, VER-2.
         UnsupportedFeatureError: VER-4.
         IntegrityError: MAN-1, a byte was changed.
-        FormatError: JSON-1 to JSON-4, VER-3.
+        FormatError: JSON-1 to JSON-4, VER-3, LIM-1.
     """
     document = _document(raw, where)
     newer_minor = _check_version(document, where)
     _check_own_hash(document, raw, where)
-    manifest = _convert(document, Manifest, where, newer_minor=newer_minor)
-    check_features(manifest.required_features, where)
-    return manifest
+    _check_features_first(document, where)
+    return _convert(document, Manifest, where, newer_minor=newer_minor)
 
 
 def parse(raw: bytes, table: type[Table], where: str, *, newer_minor: bool = False) -> Table:
@@ -388,12 +402,10 @@ def parse(raw: bytes, table: type[Table], where: str, *, newer_minor: bool = Fal
 
     Raises:
         UnsupportedFeatureError: VER-4, before anything else of the table is looked at.
-        FormatError: JSON-1 to JSON-4, VER-3.
+        FormatError: JSON-1 to JSON-4, VER-3, LIM-1.
     """
     document = _document(raw, where)
-    features = document.get("required_features", ())
-    if isinstance(features, list):
-        check_features(tuple(str(feature) for feature in features), where)
+    _check_features_first(document, where)
     return _convert(document, table, where, newer_minor=newer_minor)
 
 
@@ -411,51 +423,83 @@ def check_features(required: tuple[str, ...], where: str) -> None:
             )
 
 
+def _check_features_first(document: dict[str, Any], where: str) -> None:
+    """A feature may bring keys and kinds of its own: it is what must be named, not they."""
+    features = document.get("required_features")
+    if isinstance(features, list):
+        check_features(tuple(str(feature) for feature in features), where)
+
+
 def _document(raw: bytes, where: str) -> dict[str, Any]:
     if len(raw) > MAX_JSON_NBYTES:
         raise FormatError("JSON-4", where, f"has {len(raw)} bytes, over the limit of {MAX_JSON_NBYTES}")
     try:
         text = raw.decode("utf-8")
+        document = _load(text, where)
     except UnicodeDecodeError as error:
         raise FormatError("JSON-1", where, f"is not UTF-8 (byte {error.start})") from None
+    except RecursionError:
+        raise FormatError("JSON-1", where, f"is nested more than {MAX_JSON_DEPTH} deep") from None
+    except ValueError as error:
+        raise FormatError("JSON-1", where, f"is not JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise FormatError("JSON-1", where, "is not a JSON object")
+    _check_depth(document, where)
+    _check_text(document, text, where)
+    return document
+
+
+def _load(text: str, where: str) -> object:
+    """Parse JSON, refusing what `json` lets pass: keys that stand twice, NaN, infinities, numbers as large as those."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise FormatError("JSON-2", where, f"has the key {twice!r} twice in one object")
+            [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+            raise FormatError("JSON-2", where, f"has the key {_quoted(twice)} twice in one object")
         return found
 
     def refuse(constant: str) -> NoReturn:
         raise FormatError("JSON-1", where, f"has {constant}, which is not JSON")
 
-    try:
-        document = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise FormatError("JSON-1", where, f"is not JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise FormatError("JSON-1", where, "is not a JSON object")
-    if _depth(document) > MAX_JSON_DEPTH:
-        raise FormatError("JSON-1", where, f"is nested more than {MAX_JSON_DEPTH} deep")
-    return document
+    def finite(digits: str) -> float:
+        if math.isinf(number := float(digits)):
+            raise FormatError("JSON-1", where, f"has {_quoted(digits)}, a number beyond the range of float64")
+        return number
+
+    parsed: object = json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
+    return parsed
 
 
-def _depth(document: Any) -> int:
-    """Nesting of objects and arrays, level by level so that depth costs no recursion."""
-    depth, level = 0, [document]
-    while level:
+def _quoted(text: str) -> str:
+    return repr(text) if len(text) <= _MAX_SHOWN_TEXT else f"{text[:_MAX_SHOWN_TEXT]!r}…"
+
+
+def _check_depth(document: dict[str, Any], where: str) -> None:
+    """Refuse deep nesting of objects and arrays; level by level, so that depth costs no recursion."""
+    level: list[Any] = [document]
+    for _ in range(MAX_JSON_DEPTH):
         level = [
             child
             for parent in level
             for child in (parent.values() if isinstance(parent, dict) else parent)
             if isinstance(child, dict | list)
         ]
-        depth += 1
-    return depth
+    if level:
+        raise FormatError("JSON-1", where, f"is nested more than {MAX_JSON_DEPTH} deep")
 
 
-def _version(text: Any, where: str) -> tuple[int, int]:
+def _check_text(document: dict[str, Any], text: str, where: str) -> None:
+    """Refuse halves of surrogate pairs, which JSON can escape but UTF-8 cannot hold."""
+    if _ESCAPED_SURROGATE.search(text) is None:
+        return
+    try:
+        json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise FormatError("JSON-1", where, "escapes one half of a surrogate pair, which is no text") from None
+
+
+def _version(text: object, where: str) -> tuple[int, int]:
     found = re.fullmatch(r"(0|[1-9][0-9]{0,5})\.(0|[1-9][0-9]{0,5})(-draft)?", text) if isinstance(text, str) else None
     if found is None:
         raise UnsupportedVersionError("VER-1", where, f"format_version is {str(text)[:40]!r}, which is no version")
@@ -495,7 +539,8 @@ def _convert(document: dict[str, Any], table: type[Table], where: str, *, newer_
     try:
         parsed = msgspec.convert(document, table, strict=True)
     except msgspec.ValidationError as error:
-        raise FormatError("JSON-3", where, str(error)) from None
+        over_limit = re.search("(of length|`) <= [0-9]", str(error)) is not None
+        raise FormatError("LIM-1" if over_limit else "JSON-3", where, str(error)) from None
     for place in _unknown_keys(document, parsed, "$"):
         if not newer_minor:
             raise FormatError("VER-3", where, f"has the unknown key {place}")
@@ -503,24 +548,24 @@ def _convert(document: dict[str, Any], table: type[Table], where: str, *, newer_
     return parsed
 
 
-def _unknown_keys(raw: Any, parsed: Any, place: str) -> Iterator[str]:
-    if isinstance(parsed, Struct):
+def _unknown_keys(raw: object, parsed: object, place: str) -> Iterator[str]:
+    if isinstance(parsed, Struct) and isinstance(raw, dict):
         known = {*parsed.__struct_encode_fields__, parsed.__struct_config__.tag_field}
         for key, value in raw.items():
             if key not in known:
                 yield f"{place}.{key}"
             elif key in parsed.__struct_encode_fields__:
                 yield from _unknown_keys(value, getattr(parsed, key), f"{place}.{key}")
-    elif isinstance(parsed, Mapping):
+    elif isinstance(parsed, Mapping) and isinstance(raw, dict):
         for key, value in parsed.items():
             yield from _unknown_keys(raw[key], value, f"{place}.{key}")
-    elif isinstance(parsed, tuple | list):
+    elif isinstance(parsed, tuple | list) and isinstance(raw, list):
         for position, value in enumerate(parsed):
             if isinstance(value, Struct | Mapping):
                 yield from _unknown_keys(raw[position], value, f"{place}[{position}]")
 
 
-# --- writing ------------------------------------------------------------------------------------------------------------
+# --- writing ----------------------------------------------------------------------------------------------------------
 
 
 def serialise(table: BaseTable | GroupTable | TaskTable) -> bytes:

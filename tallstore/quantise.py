@@ -55,8 +55,8 @@ def quantise(merged: Tensor, step: Tensor | None, dtype: SharedDtype) -> Tensor:
     """
     if step is None:
         tiny = merged.abs() < SMALLEST
-        # Adding +0.0 turns -0.0 into +0.0: a shared zero has one encoding.
-        return (torch.where(tiny, 0.0, merged) + 0.0).to(_TORCH[dtype])
+        # Adding +0.0 turns -0.0 into +0.0, also where a float16 underflowed: a shared zero has one encoding.
+        return torch.where(tiny, 0.0, merged).to(_TORCH[dtype]) + 0.0
     ratio = torch.where(step > 0, merged / step, 0.0)
     if dtype == "I8":
         return ratio.round().clamp(-127, 127).to(torch.int8)

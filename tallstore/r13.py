@@ -19,18 +19,20 @@ _ONE = np.uint64(1)
 
 
 def r13(values: ArrayLike) -> NDArray[np.float32]:
-    """Round float64 *values* to 13 significant bits, nearest even; magnitudes under 2^-60 become +0.
+    """Round finite float64 *values* to 13 significant bits, nearest even; a result of magnitude under 2^-60 becomes +0.
 
-    Magnitudes above 2^60 are rounded like any other: a writer must not store them, a reader refuses them (`in_range`).
+    Magnitudes above 2^60 are rounded like any other (infinity from 2^128 on): a writer must not store them, a reader
+    refuses them (`in_range`).
 
     Returns:
-        float32, of the shape of *values*. Exact: 13 bits always fit.
+        float32, of the shape of *values*. Exact below 2^128: 13 bits always fit.
     """
     wide = np.asarray(values, dtype=np.float64)
     pattern = wide.view(np.uint64)
     even = (pattern >> _DROPPED) & _ONE
     rounded = (((pattern + _HALF_BELOW + even) >> _DROPPED) << _DROPPED).view(np.float64)
-    return np.where(np.abs(rounded) < SMALLEST, 0.0, rounded).astype(np.float32)
+    with np.errstate(over="ignore"):
+        return np.where(np.abs(rounded) < SMALLEST, 0.0, rounded).astype(np.float32)
 
 
 def in_range(values: NDArray[np.float32]) -> NDArray[np.bool_]:

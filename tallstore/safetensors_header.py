@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, NoReturn, TypeGuard
 
-from tallstore.dtypes import DTYPES
+from tallstore.dtypes import DTYPES, Dtype, is_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -61,7 +61,7 @@ class UnknownDtypeProblem(HeaderProblem):
 class Entry:
     """One tensor of a file: its bytes are those from *start* to *stop*, counted from the beginning of the file."""
 
-    dtype: str
+    dtype: Dtype
     shape: tuple[int, ...]
     start: int
     stop: int
@@ -180,7 +180,7 @@ def _parse_entry(name: str, entry: object, nbytes: int, file_size: int) -> Entry
             start, stop = nbytes + first, nbytes + end
         case _:
             raise HeaderProblem("ST-1", f"gives {tensor} data_offsets that are not two ascending integers from 0")
-    if dtype not in DTYPES:
+    if not is_dtype(dtype):
         raise UnknownDtypeProblem(name, dtype)
     if _payload_nbytes(shape, DTYPES[dtype], limit=stop) != stop - start:
         size = f"{dtype} {shape}" if len(shape) <= _MAX_SHOWN_DIMENSIONS else f"{len(shape)} dimensions"

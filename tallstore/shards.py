@@ -1,7 +1,7 @@
 """Shards: safetensors files whose U8 tensors are the payloads of a bundle, with one index of chunk hashes behind them.
 
-`ShardWriter` streams payloads into numbered shards; `ShardReader` reads, checks and decodes single chunks. No tensor is ever
-held whole on either side.
+`ShardWriter` streams payloads into numbered shards; `ShardReader` reads, checks and decodes single chunks. No tensor is
+ever held whole on either side.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ METADATA_KEY = "tallstore"
 POOL_ALIGNMENT = 8
 POOLED_NUMEL = 4096  # payloads of fewer elements go to the pool
 MAX_SHARD_NBYTES = 4 << 30  # a shard takes no further payload beyond this
+MAX_SHARD_PAYLOADS = 1 << 15  # nor beyond this: the longest names must leave the header under its limit
 WORTHWHILE = 0.97  # coded bytes must be under this share of the raw ones
 _TRIAL_CHUNKS = 8  # how many chunks decide whether a payload is worth coding
+_CHANGED = "changed since it was written; fetch the file again"
 
 Verify = Literal["first-read", "never", "always"]
 
@@ -47,7 +49,7 @@ def padded(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-# --- writing ------------------------------------------------------------------------------------------------------------
+# --- writing ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -62,6 +64,11 @@ class _Body:
     records: list[bytes] = field(default_factory=list)
     pool: bytearray = field(default_factory=bytearray)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether no further payload may begin here."""
+        return self.nbytes + len(self.pool) > MAX_SHARD_NBYTES or len(self.tensors) >= MAX_SHARD_PAYLOADS
+
     def append(self, data: bytes) -> None:
         # Opened for each chunk: a thousand tasks are a thousand shards, more than a process may hold open.
         with self.path.open("ab") as file:
@@ -72,8 +79,8 @@ class _Body:
 class ShardWriter:
     """Streams the payloads of one owner, a group or a task, into shards in *directory*.
 
-    Payloads of one stem are written one after the other. `finish` writes headers and indexes, and gives what the owner's
-    table and the manifest list.
+    Payloads of one stem are written one after the other. `finish` writes headers and indexes, and gives what the
+    owner's table and the manifest list.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -95,7 +102,8 @@ class ShardWriter:
         """Write a payload that is at hand as decoded bytes: into the pool if it is small."""
         if numel >= POOLED_NUMEL:
             writer = self.payload(stem, key, encoding)
-            writer.append(decoded)
+            width = encoding.width
+            writer.append(decoded if width >= 8 else bits.unpack(decoded, numel, width))
             return writer.finish()
         body = self._body(stem)
         at = len(body.pool)
@@ -126,7 +134,7 @@ class ShardWriter:
     def _body(self, stem: str) -> _Body:
         """The shard that the next payload of *stem* goes to."""
         current = [body for body in self._bodies if body.stem == stem]
-        if current and current[-1].nbytes + len(current[-1].pool) <= MAX_SHARD_NBYTES:
+        if current and not current[-1].is_full:
             return current[-1]
         number = len(current) + 1
         body = _Body(stem, number, self._directory / f"{stem}-{number:05d}.body")
@@ -164,6 +172,18 @@ class PayloadWriter:
         self._body.append(bytes(padded(self._end) - self._end))
         self._body.tensors[self._key] = (self._start, self._body.nbytes)
         return Payload(shard=self._shard, codec=self._codec or "raw", at=self._at)
+
+    def discard(self) -> None:
+        """Take back everything that was written; nothing may have followed."""
+        self._pending, self._filled = [], 0
+        os.truncate(self._body.path, self._start)
+        self._body.nbytes = self._start
+        del self._body.records[self._at :]
+
+    @property
+    def stored_nbytes(self) -> int:
+        """Bytes of the chunks stored so far."""
+        return self._end
 
     def _close_chunk(self) -> None:
         filled, self._filled = self._buffer[: self._filled], 0
@@ -228,7 +248,7 @@ def _finish_body(body: _Body, path: Path) -> tuple[Shard, Written]:
     return shard, written
 
 
-# --- reading ------------------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 class LocalFile:
@@ -297,7 +317,10 @@ class PayloadReader:
 
 
 class ShardReader:
-    """One shard of a bundle, opened: header and index are read and checked, payloads are not touched until asked for."""
+    """One shard of a bundle, opened.
+
+    Header and index are read and checked, payloads are not touched until they are asked for. Threads may share it.
+    """
 
     def __init__(self, file: LocalFile, shard: Shard, verify: Verify = "first-read") -> None:
         """Read and check the header and the index.
@@ -330,16 +353,17 @@ class ShardReader:
         """The payload at *payload* in this shard, of *numel* elements.
 
         Raises:
-            FormatError: ST-6, IDX-2, COD-4, TAB-6: the shard has no such payload.
+            FormatError: ST-6, IDX-2, IDX-5, COD-4, TAB-6: the shard has no such payload.
         """
         where = f"{self.where}, {key!r}"
         if payload.codec == "pooled":
             return self._pooled(payload.at, encoding, numel, where)
         if payload.codec == "planes-zstd" and not encoding.is_float:
             raise FormatError("COD-4", where, f"planes-zstd is for floating-point payloads, not for {encoding.name}")
-        return self._stored(key, payload.codec, payload.at, encoding, numel, where)
+        return self._stored(key, payload.codec, payload.at, encoding, numel)
 
-    def _stored(self, key: str, codec: Codec, at: int, encoding: Encoding, numel: int, where: str) -> PayloadReader:
+    def _stored(self, key: str, codec: Codec, at: int, encoding: Encoding, numel: int) -> PayloadReader:
+        where = f"{self.where}, {key!r}"
         entry = self.header.tensors.get(key)
         if entry is None:
             raise FormatError("ST-6", where, "is not in the shard")
@@ -349,9 +373,11 @@ class ShardReader:
                 "IDX-2", where, f"takes index records {at} to {at + count - 1}, there are {self.record_count}"
             )
         ends = self._ends[at : at + count].tolist()
-        ascending = all(before <= after for before, after in zip([0, *ends], ends, strict=False))
+        ascending = all(before < after for before, after in zip([0, *ends], ends, strict=False))
         if not ascending or padded(ends[-1] if ends else 0) != entry.stop - entry.start:
             raise FormatError("IDX-2", where, "its index records do not add up to its bytes")
+        if np.any(self._ranks[at : at + count]):
+            raise FormatError("IDX-5", where, "its index records count bits, which only those of sparse tensors do")
 
         def fetch(index: int) -> Bytes:
             start = entry.start + (ends[index - 1] if index else 0)
@@ -366,7 +392,8 @@ class ShardReader:
         nbytes = encoding.nbytes(numel)
         pool = self._shard.pool
         if at % POOL_ALIGNMENT or at + nbytes > (pool.nbytes if pool else 0):
-            raise FormatError("TAB-6", where, f"bytes {at} to {at + nbytes} are not in the shard's pool, or not aligned")
+            problem = f"bytes {at} to {at + nbytes} are not in the shard's pool, or not aligned"
+            raise FormatError("TAB-6", where, problem)
 
         def fetch(index: int) -> Bytes:
             first, last = chunk_span(numel, index)
@@ -375,26 +402,35 @@ class ShardReader:
 
         return PayloadReader(numel, encoding, where, fetch)
 
+    def padding(self, key: str, last_record: int) -> Bytes:
+        """The bytes behind the last chunk of the payload *key*, up to its boundary; *last_record* is that chunk's."""
+        entry = self.header.tensors[key]
+        return self._file.read(entry.start + int(self._ends[last_record]), entry.stop)
+
     def pool_bytes(self, start: int, stop: int) -> Bytes:
-        """Bytes [start, stop) of the decoded pool; reads the chunks that they lie in."""
+        """Bytes [start, stop) of the decoded pool, in memory of their own; reads the chunks that they lie in."""
         pool = self._shard.pool
         if pool is None:
             raise FormatError("TAB-6", self.where, "has no pool")
-        reader = self._stored(POOL_KEY, pool.codec, pool.at, POOL, pool.nbytes, f"{self.where}, 'pool'")
+        reader = self._stored(POOL_KEY, pool.codec, pool.at, POOL, pool.nbytes)
         first, last = start // CHUNK_NUMEL, -(-stop // CHUNK_NUMEL)
-        chunks = np.concatenate([self._pool_chunk(reader, index) for index in range(first, last)])
-        return chunks[start - first * CHUNK_NUMEL : stop - first * CHUNK_NUMEL]
+        pieces = [np.empty(0, np.uint8)]
+        for index in range(first, last):
+            begin = index * CHUNK_NUMEL
+            pieces.append(self._pool_chunk(reader, index)[max(0, start - begin) : stop - begin])
+        return np.concatenate(pieces)
 
     def _pool_chunk(self, reader: PayloadReader, index: int) -> Bytes:
-        if self._last_pool_chunk is None or self._last_pool_chunk[0] != index or self._verify == "always":
-            self._last_pool_chunk = (index, reader.chunk(index))
-        return self._last_pool_chunk[1]
+        last = self._last_pool_chunk  # another thread may put its own there at any moment
+        if last is None or last[0] != index or self._verify == "always":
+            last = self._last_pool_chunk = (index, reader.chunk(index))
+        return last[1]
 
     def _read_chunk(self, record: int, start: int, stop: int, where: str) -> Bytes:
         stored = self._file.read(start, stop)
         if self._verify == "always" or (self._verify == "first-read" and not self._verified[record]):
             if xxhash.xxh3_128_digest(stored.data) != self._digests[record].tobytes():
-                raise IntegrityError("IDX-3", where, "its bytes are not the ones that were written; fetch the file again")
+                raise IntegrityError("IDX-3", where, f"its bytes {_CHANGED}")
             self._verified[record] = 1
         return stored
 
@@ -406,7 +442,7 @@ class ShardReader:
             raise FormatError("IDX-1", self.where, "its index is not the last tensor")
         raw = self._file.read(entry.start, entry.stop)
         if xxhash.xxh3_128_hexdigest(raw.data) != self._shard.index_xxh3:
-            raise IntegrityError("IDX-1", self.where, "its index is not the one that was written; fetch the file again")
+            raise IntegrityError("IDX-1", self.where, f"its index {_CHANGED}")
         records = raw.reshape(-1, RECORD_NBYTES)
         numbers = np.ascontiguousarray(records[:, 16:]).view("<u8")
         self._ranks = numbers[:, 1]
@@ -418,9 +454,7 @@ def _read_header(file: LocalFile, expected: str) -> Header:
         nbytes = header_nbytes(file.read(0, min(LENGTH_NBYTES, file.nbytes)).tobytes(), file.nbytes)
         raw = file.read(0, nbytes).tobytes()
         if xxhash.xxh3_128_hexdigest(raw) != expected:
-            raise IntegrityError(
-                "ST-5", file.where, "its header is not the one that was written; fetch the file again"
-            )
+            raise IntegrityError("ST-5", file.where, f"its header {_CHANGED}")
         header = parse_header(raw, file.nbytes)
     except HeaderProblem as error:
         raise FormatError(error.rule, file.where, error.problem) from None

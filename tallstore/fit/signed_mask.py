@@ -4,7 +4,7 @@ The tasks share where and how far weights move; the signs are their own.
 
     v_t      = tau_t / rms(tau_t)                     a tensor a task at unit root mean square
     merged   = mean over tasks of |v_t|               a magnitude, stored in four bits with a step a row
-    mask_t   = sign(v_t) where |v_t| > threshold * merged (as stored), else 0
+    mask_t   = sign(v_t) where |v_t| > threshold * merged (as stored), else 0; sign(v_t) where one task alone moved
     expert_t = base + gain_t * mask_t * merged        gain_t takes the projection on tau_t to one
 
 Task vectors of different tasks are nearly orthogonal, so a shared sum carries the crosstalk of all of them; a shared
@@ -14,7 +14,6 @@ magnitude carries none, and its worth does not fade as tasks are added.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -45,13 +44,17 @@ class SignedMask:
 
     def __post_init__(self) -> None:
         """Refuse a threshold that is no number from 0."""
-        if not (math.isfinite(self.threshold) and self.threshold >= 0):
+        try:
+            is_valid = math.isfinite(self.threshold) and self.threshold >= 0
+        except TypeError:
+            is_valid = False
+        if not is_valid:
             raise OptionError(f"SignedMask: threshold is {self.threshold!r}; give a number from 0, such as 1.2")
 
     @property
     def parameters(self) -> dict[str, Scalar | list[Scalar]]:
         """What group.json records."""
-        return {"threshold": self.threshold}
+        return {"threshold": float(self.threshold)}
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,13 @@ class SignedMaskFit:
         """Field codes of the task at *position*, uint8: 0 absent, 1 plus, 2 minus."""
         task_vector = tile.task_vectors[position]
         magnitude = _magnitude(task_vector, tile.statistics[position])
-        kept = (magnitude > self.method.threshold * merged) & (merged > 0)
+        # One task's own magnitude is no measure of it: nothing would exceed it.
+        threshold = self.method.threshold if tile.shared_by > 1 else 0.0
+        kept = (magnitude > threshold * merged) & (merged > 0)
         # 1 for plus, 2 for minus: one more where the sign bit is set.
         return kept.to(torch.uint8) * (1 + (task_vector < 0).to(torch.uint8))
 
-    def fitted_scale(self, statistics: TaskStatistics) -> float:
+    def fitted_scale(self, statistics: TaskStatistics, _shared_by: int) -> float:
         """The scale that undoes the normalisation: the gain is compared with it."""
         return statistics.rms
 
@@ -87,4 +92,3 @@ class SignedMaskFit:
 def _magnitude(task_vector: Tensor, statistics: TaskStatistics) -> Tensor:
     """|v_t|: the task vector's magnitude in units of its root mean square."""
     return task_vector.abs() * (1.0 / statistics.rms)
-

@@ -25,6 +25,10 @@ from tallstore.manifest import Scalar, SharedDtype
 
 Merge = Literal["sum", "ties", "mean"]
 Gain = Literal["one", "published"]
+#: Maps a function over tasks: `map`, or an executor's.
+Run = Callable[
+    [Callable[[Callable[[], Iterable[Tensor]]], float], Iterable[Callable[[], Iterable[Tensor]]]], Iterable[float]
+]
 PUBLISHED_GRID = (0.2, 0.3, 0.4, 0.5, 0.6)
 
 
@@ -56,7 +60,10 @@ class TallMask:
 
     def __post_init__(self) -> None:
         """Refuse what is outside the documented ranges."""
-        values = self.lambdas
+        try:
+            values = self.lambdas
+        except (TypeError, ValueError):
+            values = ()
         if not values or not all(math.isfinite(value) and value >= 0 for value in values):
             raise OptionError(f"TallMask: mask_lambda is {self.mask_lambda!r}; give a number from 0, such as 1.0")
         for option, value, known in (("merge", self.merge, get_args(Merge)), ("gain", self.gain, get_args(Gain))):
@@ -67,13 +74,14 @@ class TallMask:
     def lambdas(self) -> tuple[float, ...]:
         """The candidates for mask_lambda, ascending; one where there is nothing to choose."""
         given = self.mask_lambda
-        return tuple(sorted(given)) if isinstance(given, Sequence) else (float(given),)
+        return tuple(sorted(map(float, given))) if isinstance(given, Iterable) else (float(given),)
 
     @property
     def parameters(self) -> dict[str, Scalar | list[Scalar]]:
         """What group.json records."""
-        given = self.mask_lambda
-        recorded = list(given) if isinstance(given, Sequence) else given
+        recorded: Scalar | list[Scalar] = self.lambdas[0]
+        if isinstance(self.mask_lambda, Iterable):
+            recorded = list(self.lambdas)
         return {"mask_lambda": recorded, "merge": self.merge, "gain": self.gain}
 
 
@@ -92,7 +100,11 @@ class TallMaskFit:
 
     @classmethod
     def prepare(
-        cls, method: TallMask, chunks: Mapping[str, Callable[[], Iterable[Tensor]]], lambdas: Mapping[str, float]
+        cls,
+        method: TallMask,
+        chunks: Mapping[str, Callable[[], Iterable[Tensor]]],
+        lambdas: Mapping[str, float],
+        run: Run = map,
     ) -> TallMaskFit:
         """Do what needs all of a task's parameters: for TIES, two passes over every task vector.
 
@@ -100,10 +112,11 @@ class TallMaskFit:
             method: the method.
             chunks: by task, a function that streams its whole task vector.
             lambdas: by task.
+            run: maps a function over the tasks, as `map` does or as an executor's.
         """
-        ties = method.merge == "ties"
-        thresholds = {task: trim_threshold(stream) for task, stream in chunks.items()} if ties else {}
-        return cls(method, lambdas, thresholds)
+        if method.merge != "ties":
+            return cls(method, lambdas)
+        return cls(method, lambdas, dict(zip(chunks, run(trim_threshold, chunks.values()), strict=True)))
 
     def with_lambdas(self, lambdas: Mapping[str, float]) -> TallMaskFit:
         """The same fit at other lambdas."""
@@ -124,9 +137,9 @@ class TallMaskFit:
         limit = self.lambdas[tile.tasks[position]] * (merged - task_vector).abs()
         return ((task_vector.abs() > limit) & (merged != 0)).to(torch.uint8)
 
-    def fitted_scale(self, _statistics: TaskStatistics) -> float:
-        """The scale that the rule itself gives: 1."""
-        return 1.0
+    def fitted_scale(self, _statistics: TaskStatistics, shared_by: int) -> float:
+        """The scale that the rule itself gives: 1; a mean that is scaled back is that of *shared_by* task vectors."""
+        return float(shared_by) if self.method.merge == "mean" and self.method.gain == "one" else 1.0
 
     def gain(self, statistics: TaskStatistics, projection: float) -> float:
         """1 as published; or what takes <gain * R, tau> to ||tau||^2, for *projection* = <R, tau>."""

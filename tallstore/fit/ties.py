@@ -30,7 +30,7 @@ def trim_threshold(chunks: Callable[[], Iterable[Tensor]], kept: float = KEPT) -
         chunks: called once a pass; gives the task vector in pieces, float32 and finite, of any shape.
         kept: the share to keep.
     """
-    high_counts = torch.zeros(1 << 16, dtype=torch.int64)
+    high_counts = torch.zeros(1 << 16, dtype=torch.int64, device="cpu")
     for chunk in chunks():
         high_counts += torch.bincount(_pattern(chunk) >> _LOW_BITS, minlength=1 << 16)
     numel = int(high_counts.sum())
@@ -41,13 +41,13 @@ def trim_threshold(chunks: Callable[[], Iterable[Tensor]], kept: float = KEPT) -
     high = int(torch.searchsorted(cumulated, rank))
     rank -= int(cumulated[high - 1]) if high else 0
 
-    low_counts = torch.zeros(1 << _LOW_BITS, dtype=torch.int64)
+    low_counts = torch.zeros(1 << _LOW_BITS, dtype=torch.int64, device="cpu")
     for chunk in chunks():
         pattern = _pattern(chunk)
         within = pattern[pattern >> _LOW_BITS == high] & ((1 << _LOW_BITS) - 1)
         low_counts += torch.bincount(within, minlength=1 << _LOW_BITS)
     low = int(torch.searchsorted(low_counts.cumsum(0), rank))
-    return torch.tensor(high << _LOW_BITS | low, dtype=torch.int32).view(torch.float32).item()
+    return torch.tensor(high << _LOW_BITS | low, dtype=torch.int32, device="cpu").view(torch.float32).item()
 
 
 def _pattern(chunk: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -24,7 +25,7 @@ class TaskStatistics:
     @property
     def rms(self) -> float:
         """Root mean square of the task vector."""
-        return (self.sum_squares / self.numel) ** 0.5
+        return math.sqrt(self.sum_squares / self.numel)
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,10 @@ class Tile:
         tasks: the tasks' names.
         task_vectors: finetuned - base, 1-D float32, of equal length, in the order of *tasks*.
         statistics: of each task's whole tensor, in the order of *tasks*.
+        shared_by: how many tasks share the merged vector here: as many as there are, unless the tile is of one of them.
     """
 
     tasks: tuple[str, ...]
     task_vectors: tuple[Tensor, ...]
     statistics: tuple[TaskStatistics, ...]
+    shared_by: int

@@ -13,8 +13,8 @@ from tallstore import checkpoint_writer, files, layout
 from tallstore import manifest as tables
 from tallstore.checkpoints import Checkpoint, HubRef
 from tallstore.dtypes import CHUNK_NUMEL
-from tallstore.fit import Method
 from tallstore.files import Written
+from tallstore.fit import Method
 from tallstore.packing.companions import companions
 from tallstore.packing.fidelity import combine
 from tallstore.packing.group import GroupPacker, TaskProgress
@@ -27,16 +27,16 @@ def write_base(base: Checkpoint, root: Path, *, embed: bool) -> dict[str, Writte
         spec = base.spec(name)
         alias = base.aliases.get(name)
         hashes = () if alias else tuple(xxhash.xxh3_128_hexdigest(chunk) for chunk in _chunks(base, name))
-        tensors.append(
-            tables.BaseTensor(name=name, dtype=spec.dtype, shape=spec.shape, chunks=hashes, alias_of=alias)
-        )
+        tensors.append(tables.BaseTensor(name=name, dtype=spec.dtype, shape=spec.shape, chunks=hashes, alias_of=alias))
     raw = tables.serialise(tables.BaseTable(format="tallstore.base", tensors=tuple(tensors)))
     written = {layout.BASE_TABLE: files.write_file(root / layout.BASE_TABLE, raw)}
     if embed:
         directory = root / layout.BASE_DIRECTORY
         directory.mkdir()
         specs = {name: base.spec(name) for name in base.names if name not in base.aliases}
-        for name, file in checkpoint_writer.write_checkpoint(directory, specs, lambda name: _chunks(base, name)).items():
+        for name, file in checkpoint_writer.write_checkpoint(
+            directory, specs, lambda name: _chunks(base, name)
+        ).items():
             written[f"{layout.BASE_DIRECTORY}/{name}"] = file
         for name, path in companions(base.directory).items():
             if "/" not in name:  # base/ is flat
@@ -73,7 +73,7 @@ def recorded_method(method: Method) -> tables.Method:
 
 
 def write_task(
-    task: TaskProgress, group: str, base: Checkpoint, root: Path, score: float | None
+    task: TaskProgress, group: str, root: Path, score: float | None
 ) -> tuple[tables.TaskTable, dict[str, Written]]:
     """Finish one task's shards, store its companion files, write task.json; its table, and the files by path."""
     shards, by_name = task.writer.finish()
@@ -96,7 +96,7 @@ def write_task(
         group=group,
         required_features=(),
         shards=shards,
-        tensors=(*_entries(task), *_dropped(task, base)),
+        tensors=(*_entries(task), *(tables.DroppedTensor(name=name) for name in task.expert.dropped)),
         files=tuple(carried),
         fidelity=tables.Fidelity(
             cosine=_rounded(task.sums.cosine),
@@ -111,20 +111,12 @@ def write_task(
 
 def _entries(task: TaskProgress) -> Iterator[tables.Tensor]:
     """In the order of the expert's names, ties included."""
-    checkpoint = task.expert.checkpoint
-    for name in checkpoint.names:
-        if name in checkpoint.aliases:
-            yield tables.AliasTensor(name=name, of=checkpoint.aliases[name])
+    aliases = task.expert.aliases
+    for name in task.expert.checkpoint.names:
+        if name in aliases:
+            yield tables.AliasTensor(name=name, of=aliases[name])
         else:
             yield task.entries[name]
-
-
-def _dropped(task: TaskProgress, base: Checkpoint) -> Iterator[tables.DroppedTensor]:
-    present = {name for name in task.expert.base_names.values() if name is not None}
-    tied = set(task.expert.checkpoint.aliases)  # an expert's tie stands for the base tensor of its name
-    for name in base.names:
-        if name not in present and name not in tied and name not in base.aliases:
-            yield tables.DroppedTensor(name=name)
 
 
 def parameters(checkpoint: Checkpoint) -> int:
@@ -168,9 +160,7 @@ def write_manifest(
 def pin(base: Checkpoint, reference: HubRef | None, *, embed: bool) -> tables.BasePin:
     """Where a reader may get the base: where it was said to be, or where it was downloaded from."""
     hub = reference or base.hub
-    return tables.BasePin(
-        repo_id=hub.repo_id if hub else None, revision=hub.revision if hub else None, embedded=embed
-    )
+    return tables.BasePin(repo_id=hub.repo_id if hub else None, revision=hub.revision if hub else None, embedded=embed)
 
 
 def task_entry(table: tables.TaskTable, numel: int) -> tables.TaskEntry:
@@ -185,7 +175,7 @@ def task_entry(table: tables.TaskTable, numel: int) -> tables.TaskEntry:
     )
 
 
-def record_scores(root: Path, scores: Mapping[str, float]) -> None:
+def record_scores(root: Path, scores: Mapping[str, float]) -> tables.Manifest:
     """Enter the user's scores into the tables of the bundle at *root*, and seal it again."""
     raw = (root / layout.MANIFEST).read_bytes()
     manifest = tables.parse_manifest(raw, layout.MANIFEST)
@@ -199,8 +189,8 @@ def record_scores(root: Path, scores: Mapping[str, float]) -> None:
         listed[path] = tables.FileEntry(path=path, size=file.size, sha256=file.sha256, git_oid=file.git_oid)
     sealed = msgspec.structs.replace(manifest, files=tuple(listed[file.path] for file in manifest.files))
     files.write_file(root / layout.MANIFEST, tables.serialise_manifest(sealed))
+    return sealed
 
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.6g}")
-

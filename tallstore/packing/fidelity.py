@@ -58,11 +58,16 @@ class Sums:
 
 @dataclass(frozen=True)
 class Estimated:
-    """What a fit would do to one tensor of one task: the cosine there, and bits a parameter."""
+    """What a fit would do to one tensor of one task, or to a share of it: the cosine there, and bits a parameter.
+
+    Attributes:
+        cosine, bits: there.
+        numel, sum_squares: how much they stand for; of a share, a part of the tensor's.
+    """
 
     cosine: float
     bits: float
-    numel: int
+    numel: float
     sum_squares: float
 
 
@@ -72,20 +77,20 @@ def sign_estimate(statistics: TaskStatistics) -> Estimated:
     return Estimated(cosine, 1.0, statistics.numel, statistics.sum_squares)
 
 
-def signed_estimates(tile: Tile) -> list[Estimated]:
-    """`SignedMask()` on one tile, by task, its bits counted as the entropy of the codes; the tile stands for its tensor."""
+def signed_estimates(tile: Tile, share: float) -> list[Estimated]:
+    """`SignedMask()` on one tile, which stands for a *share* of its tensor; by task, bits as the entropy of the codes."""
     magnitudes = [
         vector.abs() / statistics.rms for vector, statistics in zip(tile.task_vectors, tile.statistics, strict=True)
     ]
     merged = torch.stack(magnitudes).mean(0)
     estimates = []
     for magnitude, statistics in zip(magnitudes, tile.statistics, strict=True):
-        kept = magnitude > _THRESHOLD * merged
+        kept = magnitude > (_THRESHOLD if tile.shared_by > 1 else 0.0) * merged
         norm, energy = dot(merged[kept], merged[kept]), dot(magnitude, magnitude)
         cosine = dot(merged[kept], magnitude[kept]) / math.sqrt(norm * energy) if norm and energy else 0.0
         density = kept.float().mean().item()
         bits = _entropy(density) + density + _SHARED_BITS / len(tile.tasks)  # which, of which sign, and its magnitude
-        estimates.append(Estimated(cosine, bits, statistics.numel, statistics.sum_squares))
+        estimates.append(Estimated(cosine, bits, share * statistics.numel, share * statistics.sum_squares))
     return estimates
 
 

@@ -6,35 +6,33 @@ masks and gains off the merged vector AS STORED, rebuild, and measure what came 
 
 from __future__ import annotations
 
-import tempfile
+import functools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tallstore import layout
 from tallstore import manifest as tables
-from tallstore.bits import Bytes
 from tallstore.checkpoints import Checkpoint
 from tallstore.dtypes import CHUNK_NUMEL
-from tallstore.encodings import BITS, SHARED, SIGNED, STEPS, WHOLE
-from tallstore.errors import OptionError
-from tallstore.fit import Fit, Method, Tile
+from tallstore.encodings import BITS, SIGNED, WHOLE
+from tallstore.fit import Fit, Method
 from tallstore.manifest import Payload, SharedDtype
 from tallstore.packing.fidelity import Estimated, Sums, dot, sign_estimate, signed_estimates
 from tallstore.packing.plan import Expert, Part
-from tallstore.packing.stack import Examined, Span, Stack, examine, result_dtype
-from tallstore.quantise import STEPPED, quantise, steps, values
-from tallstore.r13 import in_range, r13, row_scales
+from tallstore.packing.shared_vector import SharedVector, contribution
+from tallstore.packing.stack import Examined, Span, Stack, cast, examine, result_dtype
+from tallstore.r13 import r13
 from tallstore.shards import POOLED_NUMEL, ShardWriter
 
-_WIDEST_GAIN = 8.0  # a gain this many times the fit's own scale, or one part in this many, says that the fit degenerated
-_IN_MEMORY_NBYTES = 16 << 20
+_WIDEST_GAIN = (
+    8.0  # a gain this many times the fit's own scale, or one part in this many, says that the fit degenerated
+)
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,14 @@ class GroupPacker:
     """Fits and writes one group, one base tensor at a time; holds no tensor between calls."""
 
     def __init__(
-        self, base: Checkpoint, experts: Sequence[Expert], method: Method, fit: Fit, dtype: SharedDtype, root: Path
+        self,
+        base: Checkpoint,
+        experts: Sequence[Expert],
+        method: Method,
+        fit: Fit,
+        dtype: SharedDtype,
+        root: Path,
+        pool: ThreadPoolExecutor,
     ) -> None:
         """Begin group g0001 in the bundle that is being written at *root*.
 
@@ -107,9 +112,10 @@ class GroupPacker:
             method, fit: what was chosen, and it at work.
             dtype: of the shared vectors.
             root: the bundle's directory, empty.
+            pool: threads to spread tiles and tasks over.
         """
         self._base, self._method, self._fit, self._dtype = base, method, fit, dtype
-        self._root = root
+        self._root, self._pool = root, pool
         self.id = "g0001"
         self.writer = ShardWriter(root / layout.group_directory(self.id))
         self.vectors: list[tables.Vector] = []
@@ -117,22 +123,28 @@ class GroupPacker:
             expert.task: TaskProgress(expert, slug, ShardWriter(root / layout.task_directory(slug)))
             for expert, slug in _slugs(experts)
         }
-        for directory in (layout.group_directory(self.id), *(layout.task_directory(t.slug) for t in self.tasks.values())):
+        for directory in (
+            layout.group_directory(self.id),
+            *(layout.task_directory(t.slug) for t in self.tasks.values()),
+        ):
             (root / directory).mkdir(parents=True)
 
     def pack_tensor(self, base_name: str, parts: Sequence[Part]) -> None:
         """Everything about one base tensor."""
-        coded = []
-        for part in parts:
-            found = examine(self._base, base_name, part)
-            if found.statistics is None:
-                self._store_uncoded(base_name, found)
-            elif reason := self._too_far(base_name, found):
-                self.tasks[part.expert.task].store_private(part.name, reason)
-            else:
-                coded.append(found)
+        coded = [found for found in self._pool.map(functools.partial(self._sort_out, base_name), parts) if found]
         if coded:
             self._pack_stack(Stack(self._base, base_name, coded))
+
+    def _sort_out(self, base_name: str, part: Part) -> Examined | None:
+        """Store a part that is not coded; what was found of one that is."""
+        found = examine(self._base, base_name, part)
+        if found.statistics is None:
+            self._store_uncoded(base_name, found)
+            return None
+        if reason := self._too_far(base_name, found):
+            self.tasks[part.expert.task].store_private(part.name, reason)
+            return None
+        return found
 
     def _store_uncoded(self, base_name: str, found: Examined) -> None:
         part = found.part
@@ -160,52 +172,60 @@ class GroupPacker:
         return "its rows are not a resizing of the base's" if statistics.sum_squares >= norm else None
 
     def _pack_stack(self, stack: Stack) -> None:
-        shared = _SharedVector(stack, self._fit, self._dtype, self._root)
-        projections = dict.fromkeys((part.expert.task for part in stack.parts), 0.0)
-        for number, span in enumerate(stack.spans):
-            tile = stack.tile(span)
-            shared.fit(span, tile)
-            merged = shared.stored(span)
-            for position, name in enumerate(tile.tasks):
-                codes = self._fit.code(tile, position, merged)
-                projections[name] += dot(_contribution(codes, merged), tile.task_vectors[position])
-            # One tile in eight stands for the tensor, the first always.
-            if tile.tasks and number % 8 == 0 and self._method.kind != "signed":
-                for name, estimate in zip(tile.tasks, signed_estimates(tile), strict=True):
-                    self.tasks[name].signed.append(estimate)
-
-        used = False
-        for position, part in enumerate(stack.parts):
-            task = self.tasks[part.expert.task]
-            statistics = stack.statistics[position]
-            gain, reason = self._gain(position, stack, shared, projections[part.expert.task])
-            if reason is None:
-                reason = self._write_codes(stack, part, shared, gain)
-            if reason is not None:
-                task.store_private(part.name, reason)
-                continue
-            task.sign.append(sign_estimate(statistics))
-            used = True
-        if used:
+        list(self._pool.map(stack.keep, range(len(stack.parts))))
+        shared = SharedVector(stack, self._fit, self._dtype, self._root)
+        fitted = list(self._pool.map(functools.partial(self._fit_span, stack, shared), range(len(stack.spans))))
+        # Summed in the order of the spans: the same bundle whatever the number of threads.
+        projections = [sum(found.get(part.expert.task, 0.0) for found in fitted) for part in stack.parts]
+        store = functools.partial(self._store_part, stack, shared)
+        if any(list(self._pool.map(store, range(len(stack.parts)), projections))):
             self.vectors.append(shared.write(self.writer))
 
-    def _gain(
-        self, position: int, stack: Stack, shared: _SharedVector, projection: float
-    ) -> tuple[float, str | None]:
+    def _fit_span(self, stack: Stack, shared: SharedVector, number: int) -> dict[str, float]:
+        """Merge one tile; <R, tau> in it by task, from the merged vector as stored."""
+        span = stack.spans[number]
+        tile = stack.tile(span)
+        shared.fit(span, tile)
+        merged = shared.stored(span)
+        # One tile in eight stands for the tensor, the first always.
+        if tile.tasks and number % 8 == 0 and self._method.kind != "signed":
+            share = 1 / -(-len(stack.spans) // 8)
+            for task, estimate in zip(tile.tasks, signed_estimates(tile, share), strict=True):
+                self.tasks[task].signed.append(estimate)
+        return {
+            task: dot(contribution(self._fit.code(tile, position, merged), merged), tile.task_vectors[position])
+            for position, task in enumerate(tile.tasks)
+        }
+
+    def _store_part(self, stack: Stack, shared: SharedVector, position: int, projection: float) -> bool:
+        """Store one task's codes, or its whole tensor where the fit degenerated; whether it was coded."""
+        part = stack.parts[position]
+        task = self.tasks[part.expert.task]
+        gain, reason = self._gain(position, stack, shared, projection)
+        if reason is None:
+            reason = self._write_codes(stack, position, shared, gain)
+        if reason is not None:
+            task.store_private(part.name, reason)
+            return False
+        task.sign.append(sign_estimate(stack.statistics[position]))
+        return True
+
+    def _gain(self, position: int, stack: Stack, shared: SharedVector, projection: float) -> tuple[float, str | None]:
         statistics = stack.statistics[position]
         if projection <= 0:
             return 0.0, "the fit has no part along its task vector"
         exact = self._fit.gain(statistics, projection)
         gain = r13(exact).item()
-        fitted = self._fit.fitted_scale(statistics)
+        fitted = self._fit.fitted_scale(statistics, len(stack.parts))
         if not fitted / _WIDEST_GAIN <= exact <= fitted * _WIDEST_GAIN:
             return gain, f"the fit degenerated (its gain is {exact / fitted:.3g})"
         if not shared.scales_are_in_range(gain):
             return gain, "its scales are beyond what the format holds"
         return gain, None
 
-    def _write_codes(self, stack: Stack, part: Part, shared: _SharedVector, gain: float) -> str | None:
+    def _write_codes(self, stack: Stack, position: int, shared: SharedVector, gain: float) -> str | None:
         """Write one task's codes, rebuild and measure; why it must be private instead, if it must."""
+        part = stack.parts[position]
         task = self.tasks[part.expert.task]
         signed = self._method.kind == "signed"
         role = "fields" if signed else "bits"
@@ -214,15 +234,14 @@ class GroupPacker:
         for span in stack.spans:
             if span.stop > part.numel:
                 break
-            tile = stack.tile(span)
-            position = tile.tasks.index(part.expert.task)
-            codes = self._fit.code(tile, position, shared.stored(span))
+            tile = stack.tile(span, only=position)
+            codes = self._fit.code(tile, 0, shared.stored(span))
             payload.append(codes.numpy())
             step = _rebuild(stack, part, span, shared.delta(span, codes, gain))
             if not torch.isfinite(step).all():
                 payload.discard()
                 return f"its reconstruction overflows {part.spec.dtype}"
-            vector = tile.task_vectors[position]
+            vector = tile.task_vectors[0]
             sums += Sums(dot(step, vector), dot(step, step), dot(vector, vector))
         placed = payload.finish()
         task.sums += sums
@@ -262,101 +281,9 @@ def _identity(part: Part, base_name: str) -> dict[str, Any]:
     return {"name": part.name, "base": other, "dtype": part.spec.dtype, "shape": part.spec.shape}
 
 
-def _contribution(codes: Tensor, shared: Tensor) -> Tensor:
-    """+value where the code is 1, -value where it is 2, else 0."""
-    return torch.where(codes == 0, 0.0, torch.where(codes == 1, shared, -shared))
-
-
 def _rebuild(stack: Stack, part: Part, span: Span, delta: Tensor) -> Tensor:
     """What a reader gets, less the base: float64, after the final rounding."""
     base = stack.base.read(stack.name, span.start, span.stop)
     total = base.double() + delta.double() if base.dtype is torch.float64 else base.float() + delta
-    expert = torch.where(delta == 0, base.to(result_dtype(part)), total.to(result_dtype(part)))
-    return expert.double() - base.double()
-
-
-class _SharedVector:
-    """The shared vector of one stack: fitted tile by tile, kept as codes, read back as stored."""
-
-    def __init__(self, stack: Stack, fit: Fit, dtype: SharedDtype, directory: Path) -> None:
-        self._stack, self._fit, self._dtype = stack, fit, dtype
-        self._step: NDArray[np.float32] | None = np.zeros(stack.rows, np.float32) if dtype in STEPPED else None
-        self._codes = _scratch(stack.spec.numel, dtype, directory)
-        if self._step is not None and not stack.rows_are_whole:
-            # A piece of a row does not know the row's largest magnitude: look at all of them first.
-            largest = torch.zeros(stack.rows)
-            for span in stack.spans:
-                tile = stack.tile(span)
-                if tile.tasks:
-                    largest[span.row] = torch.maximum(largest[span.row], fit.merge(tile).abs().amax())
-            self._step[:] = steps(largest, dtype)
-
-    def fit(self, span: Span, tile: Tile) -> None:
-        """Merge a tile and keep its codes."""
-        merged = self._fit.merge(tile) if tile.tasks else torch.zeros(span.stop - span.start)
-        rows = merged.view(span.rows, -1)
-        if self._step is not None and self._stack.rows_are_whole:
-            self._step[span.row : span.row + span.rows] = steps(rows.abs().amax(1), self._dtype)
-        codes = quantise(rows, self._row_steps(span), self._dtype).view(-1)
-        if codes.is_floating_point() and not torch.isfinite(codes).all():
-            raise OptionError(
-                f"merged_dtype: {self._dtype} overflows in the merged vector of tensor {self._stack.name!r}; give bfloat16"
-            )
-        self._codes[span.start : span.stop] = codes
-
-    def stored(self, span: Span) -> Tensor:
-        """The merged vector as a reader sees it at gain one: float32, 1-D."""
-        rows = values(self._codes[span.start : span.stop], self._dtype).view(span.rows, -1)
-        step = self._row_steps(span)
-        return (rows if step is None else rows * step).view(-1)
-
-    def delta(self, span: Span, codes: Tensor, gain: float) -> Tensor:
-        """What a task adds to the base: float32, 1-D, in the arithmetic of the specification."""
-        step = None if self._step is None else self._step[span.row : span.row + span.rows]
-        scales = row_scales(np.full(1, gain, np.float32), step)
-        rows = values(self._codes[span.start : span.stop], self._dtype).view(span.rows, -1)
-        return _contribution(codes, (rows * torch.from_numpy(scales)[:, None]).view(-1))
-
-    def scales_are_in_range(self, gain: float) -> bool:
-        """Whether every scale at *gain*, and every step, is an r13 number that the format holds."""
-        if self._step is None:
-            return bool(in_range(np.full(1, gain, np.float32)).all())
-        scales = row_scales(np.full(1, gain, np.float32), self._step)
-        return bool(gain and in_range(scales).all() and in_range(self._step).all())
-
-    def write(self, writer: ShardWriter) -> tables.Vector:
-        """Write codes and steps; the vector's entry in group.json."""
-        name = self._stack.name
-        payload = writer.payload("merged", f"merged/{name}", SHARED[self._dtype])
-        for span in self._stack.spans:
-            payload.append(self._codes[span.start : span.stop].view(torch.uint8).numpy())
-        placed = payload.finish()
-        step = None
-        if self._step is not None:
-            raw: Bytes = self._step.view(np.uint8)
-            step = writer.whole("merged", f"merged.step/{name}", STEPS, self._step.size, raw)
-        return tables.Vector(tensor=name, role="merged", dtype=self._dtype, values=placed, step=step)
-
-    def _row_steps(self, span: Span) -> Tensor | None:
-        if self._step is None:
-            return None
-        return torch.from_numpy(self._step[span.row : span.row + span.rows])[:, None]
-
-
-_CODE_DTYPES: dict[SharedDtype, torch.dtype] = {
-    "LOG4": torch.uint8,
-    "I8": torch.int8,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-}
-
-
-def _scratch(numel: int, dtype: SharedDtype, directory: Path) -> Tensor:
-    """Room for the codes of one tensor: in memory, or in a nameless file where they are many."""
-    code_dtype = _CODE_DTYPES[dtype]
-    nbytes = numel * code_dtype.itemsize
-    if nbytes <= _IN_MEMORY_NBYTES:
-        return torch.empty(numel, dtype=code_dtype)
-    with tempfile.TemporaryFile(dir=directory) as file:
-        return torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=(nbytes,))).view(code_dtype)
+    dtype = result_dtype(part)
+    return torch.where(delta == 0, cast(base, dtype), cast(total, dtype)).double() - base.double()

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tallstore import layout
 from tallstore.checkpoints import Checkpoint
-from tallstore.files import Written
 from tallstore.fit import Method
 from tallstore.manifest import Estimate, Manifest, SharedDtype, TaskTable
-from tallstore.packing.group import GroupPacker, StoredWhole, TaskProgress
+from tallstore.packing.group import StoredWhole, TaskProgress
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,9 @@ class PackReport:
 
 def report(
     base: Checkpoint,
-    group: GroupPacker,
+    root: Path,
     manifest: Manifest,
-    packed: Sequence[tuple[TaskProgress, TaskTable, Mapping[str, Written]]],
+    packed: Sequence[tuple[TaskProgress, TaskTable]],
     method: Method,
     dtype: SharedDtype,
     lambdas: Mapping[str, float],
@@ -112,20 +113,21 @@ def report(
     """Sum up what was written.
 
     Args:
-        base, group, manifest: of the bundle.
+        base: what was packed.
+        root, manifest: of the bundle.
         packed: for each task, what was written of it.
         method, dtype: how.
         lambdas: by task, where they were chosen.
     """
-    sizes = {file.path: file.size for file in manifest.files}
-    shared_nbytes = sum(size for path, size in sizes.items() if path.startswith("groups/"))
+    sizes = _sizes(root, manifest)
+    shared_nbytes = sum(size for directory, size in sizes.items() if directory.startswith("groups/"))
     share = shared_nbytes / len(packed)
     tasks = tuple(
         PackedTask(
             name=table.name,
             slug=table.slug,
             checkpoint_nbytes=_nbytes(task.expert.checkpoint),
-            nbytes=sum(file.size for path, file in written.items() if path.startswith("tasks/")),
+            nbytes=sizes[layout.task_directory(table.slug)],
             coded_numel=task.coded_numel,
             bits=8 * (task.coded_nbytes + share) / task.coded_numel if task.coded_numel else None,
             cosine=table.fidelity.cosine,
@@ -135,7 +137,7 @@ def report(
             estimates=table.fidelity.estimates,
             whole=tuple(task.whole),
         )
-        for task, table, written in packed
+        for task, table in packed
     )
     return PackReport(
         path=Path(),
@@ -148,6 +150,23 @@ def report(
         bundle_nbytes=sum(sizes.values()),
         advice=_advice(method, tasks),
     )
+
+
+def with_scores(report: PackReport, root: Path, manifest: Manifest, scores: Mapping[str, float]) -> PackReport:
+    """The report once the user's scores are in the bundle too."""
+    sizes = _sizes(root, manifest)
+    tasks = tuple(
+        replace(task, score=scores[task.name], nbytes=sizes[layout.task_directory(task.slug)]) for task in report.tasks
+    )
+    return replace(report, tasks=tasks, bundle_nbytes=sum(sizes.values()))
+
+
+def _sizes(root: Path, manifest: Manifest) -> Counter[str]:
+    """Bytes of a bundle's files by directory, "" for those of no directory."""
+    sizes = Counter({"": (root / layout.MANIFEST).stat().st_size})
+    for file in manifest.files:
+        sizes[file.path.rpartition("/")[0]] += file.size
+    return sizes
 
 
 def _nbytes(checkpoint: Checkpoint) -> int:
@@ -166,7 +185,9 @@ def megabytes(nbytes: int) -> str:
 
 def _advice(method: Method, tasks: tuple[PackedTask, ...]) -> tuple[str, ...]:
     """One line where the default method would be both smaller and truer than what was chosen."""
-    measured = [task for task in tasks if task.cosine is not None and task.bits is not None and "signed" in task.estimates]
+    measured = [
+        task for task in tasks if task.cosine is not None and task.bits is not None and "signed" in task.estimates
+    ]
     if method.kind == "signed" or not measured:
         return ()
 

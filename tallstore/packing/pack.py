@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from tallstore import files, layout
 from tallstore import manifest as tables
 from tallstore.bundle import open_bundle
 from tallstore.checkpoints import Checkpoint, CheckpointSource, HubRef, open_checkpoint
-from tallstore.dtypes import CHUNK_NUMEL, CODED
+from tallstore.dtypes import CODED
 from tallstore.errors import (
     InputError,
     OptionError,
@@ -29,9 +31,10 @@ from tallstore.fit import Fit, Method, SignedMask, TallMask, TallMaskFit, prepar
 from tallstore.manifest import SharedDtype
 from tallstore.packing import assemble
 from tallstore.packing.group import GroupPacker
-from tallstore.packing.outcome import PackReport, report
-from tallstore.packing.plan import Expert, Part, is_private, name_experts, parts_by_base_name
-from tallstore.packing.stack import finite_task_vector
+from tallstore.packing.outcome import PackReport, report, with_scores
+from tallstore.packing.plan import Expert, Part, is_private, is_text, name_experts, parts_by_base_name
+from tallstore.packing.stack import trimmable_chunks
+from tallstore.packing.workers import workers
 
 Evaluate = Callable[[str, dict[str, Tensor]], float]
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -109,12 +112,11 @@ def pack(
     _check_arguments(experts, method, evaluate)
     with contextlib.ExitStack() as inputs:
         opened_base = inputs.enter_context(open_checkpoint(base))
-        checkpoints = {
-            task: inputs.enter_context(_open_expert(task, source)) for task, source in experts.items()
-        }
+        checkpoints = {task: inputs.enter_context(_open_expert(task, source)) for task, source in experts.items()}
         _check_output(target, [opened_base, *checkpoints.values()], overwrite=overwrite)
         named = name_experts(opened_base, checkpoints, key_mapping or {})
-        job = _Job(opened_base, base, named, options, progress or _silent)
+        pool = inputs.enter_context(workers())
+        job = _Job(opened_base, base, named, options, progress or _silent, pool)
         fit = job.prepare()
         chosen: dict[str, float] = {}
         scores: dict[str, float] = {}
@@ -171,9 +173,10 @@ class _Job:
         experts: tuple[Expert, ...],
         options: _Options,
         progress: Progress,
+        pool: ThreadPoolExecutor,
     ) -> None:
         self._base, self._base_source, self._experts, self._options = base, base_source, experts, options
-        self._progress = progress
+        self._progress, self._pool = progress, pool
         self._parts = parts_by_base_name(base, experts, options.private)
 
     def prepare(self) -> Fit:
@@ -182,45 +185,38 @@ class _Job:
             expert.task: functools.partial(self._task_vector_chunks, position)
             for position, expert in enumerate(self._experts)
         }
-        return prepare(self._options.method, streams)
+        return prepare(self._options.method, streams, run=self._pool.map)
 
     def _task_vector_chunks(self, position: int) -> Iterator[Tensor]:
         """One expert's whole task vector: every floating-point tensor that the base has too, but the private ones."""
         task = self._experts[position].task
         for base_name, parts in self._parts.items():
             for part in parts:
-                if part.expert.task != task or not _counts_for_the_trim(part, self._options.private):
-                    continue
-                for start in range(0, part.numel, CHUNK_NUMEL):
-                    stop = min(start + CHUNK_NUMEL, part.numel)
-                    yield finite_task_vector(self._base, base_name, part, start, stop)
+                if part.expert.task == task and _counts_for_the_trim(part, self._options.private):
+                    yield from trimmable_chunks(self._base, base_name, part)
 
-    def write(
-        self, root: Path, fit: Fit, scores: Mapping[str, float], lambdas: Mapping[str, float]
-    ) -> PackReport:
+    def write(self, root: Path, fit: Fit, scores: Mapping[str, float], lambdas: Mapping[str, float]) -> PackReport:
         """Write the whole bundle into the empty directory *root*."""
         options = self._options
-        group = GroupPacker(self._base, self._experts, options.method, fit, options.dtype, root)
+        group = GroupPacker(self._base, self._experts, options.method, fit, options.dtype, root, self._pool)
         written = assemble.write_base(self._base, root, embed=options.embed_base)
         self._pack_tensors(group)
         method = assemble.recorded_method(options.method)
         written |= assemble.write_group(group, method, root)
         entries, packed = [], []
         for task in group.tasks.values():
-            table, task_files = assemble.write_task(task, group.id, self._base, root, scores.get(task.expert.task))
+            table, task_files = assemble.write_task(task, group.id, root, scores.get(task.expert.task))
             written |= task_files
             numel = assemble.parameters(task.expert.checkpoint)
             entries.append(assemble.task_entry(table, numel))
-            packed.append((task, table, task_files))
+            packed.append((task, table))
         pin = assemble.pin(self._base, options.base_ref, embed=options.embed_base)
         groups = (tables.GroupEntry(id=group.id, method=method),)
         manifest = assemble.write_manifest(root, pin, groups, tuple(entries), written)
-        return report(self._base, group, manifest, packed, options.method, options.dtype, lambdas)
+        return report(self._base, root, manifest, packed, options.method, options.dtype, lambdas)
 
     def _pack_tensors(self, group: GroupPacker) -> None:
-        total = sum(
-            expert.checkpoint.spec(name).nbytes for expert in self._experts for name in expert.base_names
-        )
+        total = sum(expert.checkpoint.spec(name).nbytes for expert in self._experts for name in expert.base_names)
         done = 0
         self._progress(done, total)
         for base_name, parts in self._parts.items():
@@ -228,8 +224,8 @@ class _Job:
             done += sum(part.spec.nbytes for part in parts)
             self._progress(done, total)
         for task in group.tasks.values():
-            for name, base_name in task.expert.base_names.items():
-                if base_name is None:
+            for name, counterpart in task.expert.base_names.items():
+                if counterpart is None:
                     private = is_private(name, self._options.private)
                     task.store_private(name, "asked for by private=" if private else "the base does not have it")
                     done += task.expert.checkpoint.spec(name).nbytes
@@ -238,13 +234,19 @@ class _Job:
     def evaluate(self, root: Path, evaluate: Evaluate) -> dict[str, float]:
         """The user's score of each task, on weights read back from the bundle at *root*."""
         with open_bundle(root, base=self._base_source) as bundle:
-            return {task: float(evaluate(task, bundle.state_dict(task))) for task in bundle.tasks}
+            return {task: _score(task, evaluate(task, bundle.state_dict(task))) for task in bundle.tasks}
 
     def record_scores(self, root: Path, report: PackReport, scores: Mapping[str, float]) -> PackReport:
         """Write the scores into the tables of the bundle at *root*, and into its report."""
-        assemble.record_scores(root, scores)
-        tasks = tuple(replace(task, score=scores[task.name]) for task in report.tasks)
-        return replace(report, tasks=tasks)
+        return with_scores(report, root, assemble.record_scores(root, scores), scores)
+
+
+def _score(task: str, score: float) -> float:
+    if not math.isfinite(score):
+        raise OptionError(
+            f"evaluate: gave {score!r} for task {task!r}; give a finite number, larger where it is better"
+        )
+    return float(score)
 
 
 def _counts_for_the_trim(part: Part, private: Sequence[str]) -> bool:
@@ -285,7 +287,7 @@ def _check_arguments(experts: Mapping[str, CheckpointSource], method: Method, ev
             f"{method.name} merges experts and was given {len(experts)}; give at least {method.minimum_experts}",
         )
     for task in experts:
-        if not 1 <= len(task) <= 256 or any(ord(c) < 32 or 127 <= ord(c) < 160 for c in task):
+        if not (1 <= len(task) <= 256 and is_text(task)):
             raise OptionError(f"experts: {task!r} is no task name; give 1 to 256 characters without control characters")
     if isinstance(method, TallMask) and len(method.lambdas) > 1 and evaluate is None:
         raise OptionError(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from tallstore.checkpoints import Checkpoint
 from tallstore.dtypes import CODED, TensorSpec
-from tallstore.errors import NameMismatchError, OptionError
+from tallstore.errors import InputError, NameMismatchError, OptionError
 
 SMALLEST_CODED_NUMEL = 4096  # below it a code saves next to nothing, and its few numbers degenerate
 
@@ -23,12 +23,16 @@ class Expert:
     Attributes:
         task: its name.
         checkpoint: its weights.
+        aliases: tied name -> the name that carries the weights: the first one that the base has, where there is one.
         base_names: for each of its tensors that is not a tie, the base's name for it; None where the base has none.
+        dropped: the base's tensors that it lacks under each of their names.
     """
 
     task: str
     checkpoint: Checkpoint
+    aliases: Mapping[str, str]
     base_names: Mapping[str, str | None]
+    dropped: tuple[str, ...]
 
     @property
     def where(self) -> str:
@@ -77,8 +81,10 @@ def name_experts(
 
     Raises:
         NameMismatchError: an expert has no name in common with the base, or two of its names become one.
-        OptionError: a regular expression is none.
+        InputError: a tensor cannot be in a bundle.
+        OptionError: a regular expression is none, or its replacement does not fit it.
     """
+    _check_storable(base, f"the base ({base.where})")
     try:
         rules = [(re.compile(pattern), replacement) for pattern, replacement in key_mapping.items()]
     except re.error as error:
@@ -90,15 +96,14 @@ def _name_expert(
     base: Checkpoint, task: str, checkpoint: Checkpoint, rules: Sequence[tuple[re.Pattern[str], str]]
 ) -> Expert:
     where = f"expert {task!r} ({checkpoint.where})"
+    _check_storable(checkpoint, where)
     known = set(base.names)
-    base_names: dict[str, str | None] = {}
+    mapped_names: dict[str, str | None] = {}
     for name in checkpoint.names:
-        if name in checkpoint.aliases:
-            continue
-        mapped = name
-        for pattern, replacement in rules:
-            mapped = pattern.sub(replacement, mapped)
-        base_names[name] = mapped if mapped in known else None
+        mapped = _mapped(name, rules)
+        mapped_names[name] = mapped if mapped in known else None
+    aliases = _carry_by_known(checkpoint, mapped_names)
+    base_names = {name: mapped for name, mapped in mapped_names.items() if name not in aliases}
     twice = [mapped for mapped, count in Counter(filter(None, base_names.values())).items() if count > 1]
     if twice:
         names = [name for name, mapped in base_names.items() if mapped == twice[0]]
@@ -107,7 +112,41 @@ def _name_expert(
         hint = _prefix_hint(checkpoint.names, base.names)
         example = f"it has {checkpoint.names[0]!r}, the base has {base.names[0]!r}"
         raise NameMismatchError(where, f"has no tensor name in common with the base ({example}); {hint}")
-    return Expert(task, checkpoint, base_names)
+    present = {base.aliases.get(mapped, mapped) for mapped in mapped_names.values() if mapped is not None}
+    dropped = tuple(name for name in base.names if name not in base.aliases and name not in present)
+    return Expert(task, checkpoint, aliases, base_names, dropped)
+
+
+def _mapped(name: str, rules: Sequence[tuple[re.Pattern[str], str]]) -> str:
+    try:
+        for pattern, replacement in rules:
+            name = pattern.sub(replacement, name)
+    except (re.error, IndexError) as error:
+        raise OptionError(f"key_mapping: a replacement does not fit its regular expression ({error})") from None
+    return name
+
+
+def _carry_by_known(checkpoint: Checkpoint, mapped_names: Mapping[str, str | None]) -> dict[str, str]:
+    """The ties of a checkpoint, each carried by a name that the base has: files of a base keep one of several names."""
+    aliases = {}
+    for carrier in dict.fromkeys(checkpoint.aliases.values()):
+        names = [carrier, *(name for name, of in checkpoint.aliases.items() if of == carrier)]
+        known = next((name for name in names if mapped_names[name] is not None), carrier)
+        aliases.update({name: known for name in names if name != known})
+    return aliases
+
+
+def _check_storable(checkpoint: Checkpoint, where: str) -> None:
+    for name in checkpoint.names:
+        if not 1 <= len(name.encode("utf-8", "surrogatepass")) <= 1024 or not is_text(name):
+            raise InputError(where, f"tensor {name[:80]!r} has a name that a bundle cannot hold; rename it")
+        if len(checkpoint.spec(name).shape) > 16:
+            raise InputError(where, f"tensor {name!r} has more than 16 dimensions; reshape it")
+
+
+def is_text(name: str) -> bool:
+    """Whether *name* has neither control characters nor halves of surrogate pairs."""
+    return re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", name) is None
 
 
 def _prefix_hint(expert_names: Sequence[str], base_names: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tallstore.checkpoints import Checkpoint
 from tallstore.checkpoints.torch_dtypes import TORCH_DTYPES
+from tallstore.decode import copy_cast
 from tallstore.dtypes import CHUNK_NUMEL, CODED, TensorSpec
 from tallstore.errors import NonFiniteError
 from tallstore.fit import TaskStatistics, Tile
@@ -23,7 +24,7 @@ _KEPT_NBYTES = 128 << 20  # task vectors up to this size are kept between passes
 
 
 def task_vector(base: Tensor, finetuned: Tensor) -> Tensor:
-    """finetuned - base in float32; float64 where one of them is, then rounded once. 1-D, of equal length."""
+    """Finetuned - base in float32; float64 where one of them is, then rounded once. 1-D, of equal length."""
     if torch.float64 in (base.dtype, finetuned.dtype):
         return (finetuned.double() - base.double()).float()
     return finetuned.float() - base.float()
@@ -56,13 +57,24 @@ def examine(base: Checkpoint, base_name: str, part: Part) -> Examined:
     sum_squares = sum_magnitudes = 0.0
     for start in range(0, part.numel, CHUNK_NUMEL):
         stop = min(start + CHUNK_NUMEL, part.numel)
-        vector = finite_task_vector(base, base_name, part, start, stop)
+        vector = _finite_task_vector(base, base_name, part, start, stop)
         sum_squares += torch.linalg.vector_norm(vector, dtype=torch.float64).item() ** 2
         sum_magnitudes += torch.linalg.vector_norm(vector, ord=1, dtype=torch.float64).item()
     return Examined(part, False, TaskStatistics(part.numel, sum_squares, sum_magnitudes))
 
 
-def finite_task_vector(base: Checkpoint, base_name: str, part: Part, start: int, stop: int) -> Tensor:
+def trimmable_chunks(base: Checkpoint, base_name: str, part: Part) -> Iterator[Tensor]:
+    """A part's task vector for a trim over all parameters: float32 and finite, in pieces.
+
+    What is not finite counts as 0: equal infinities, as in the buffers of attention masks, and what will be stored whole.
+    """
+    for start in range(0, part.numel, CHUNK_NUMEL):
+        stop = min(start + CHUNK_NUMEL, part.numel)
+        vector = task_vector(base.read(base_name, start, stop), part.expert.checkpoint.read(part.name, start, stop))
+        yield torch.nan_to_num_(vector, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _finite_task_vector(base: Checkpoint, base_name: str, part: Part, start: int, stop: int) -> Tensor:
     """Elements [start, stop) of a part's task vector.
 
     Raises:
@@ -85,10 +97,19 @@ def _is_same(base: Checkpoint, base_name: str, part: Part) -> bool:
     for start in range(0, part.numel, CHUNK_NUMEL):
         stop = min(start + CHUNK_NUMEL, part.numel)
         ours = part.expert.checkpoint.read(part.name, start, stop)
-        theirs = base.read(base_name, start, stop).to(ours.dtype)
+        theirs = cast(base.read(base_name, start, stop), ours.dtype)
         if not torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)):
             return False
     return True
+
+
+def cast(elements: Tensor, dtype: torch.dtype) -> Tensor:
+    """*elements* in *dtype*, rounded as a reader rounds them."""
+    if elements.dtype == dtype:
+        return elements
+    converted = torch.empty(elements.shape, dtype=dtype, device="cpu")
+    copy_cast(converted, elements)
+    return converted
 
 
 def _non_finite(part: Part, base: Tensor, start: int) -> NonFiniteError:
@@ -118,7 +139,10 @@ class Span:
 
 
 class Stack:
-    """The parts of one base tensor that are to be coded, as tiles of task vectors."""
+    """The parts of one base tensor that are to be coded, as tiles of task vectors.
+
+    Several threads may read tiles, once every part was kept (`keep`).
+    """
 
     def __init__(self, base: Checkpoint, name: str, examined: Sequence[Examined]) -> None:
         self.base, self.name = base, name
@@ -135,24 +159,34 @@ class Stack:
         keep = sum(part.numel for part in self.parts) * 4 <= _KEPT_NBYTES
         self._kept: dict[str, Tensor] | None = {} if keep else None
 
-    def tile(self, span: Span) -> Tile:
-        """Task vectors of the tasks that cover *span*; none of them at the end of a base that every expert cut short."""
+    def tile(self, span: Span, only: int | None = None) -> Tile:
+        """Task vectors of the parts that cover *span*, or *only* of the one at that position, which must cover it.
+
+        None of them may: at the end of a base that every expert cut short.
+        """
         covering = [position for position, part in enumerate(self.parts) if span.stop <= part.numel]
+        taken = covering if only is None else [only]
         return Tile(
-            tasks=tuple(self.parts[position].expert.task for position in covering),
-            task_vectors=tuple(self._task_vector(self.parts[position], span) for position in covering),
-            statistics=tuple(self.statistics[position] for position in covering),
+            tasks=tuple(self.parts[position].expert.task for position in taken),
+            task_vectors=tuple(self._task_vector(self.parts[position], span) for position in taken),
+            statistics=tuple(self.statistics[position] for position in taken),
+            shared_by=len(covering),
         )
+
+    def keep(self, position: int) -> None:
+        """Hold the task vector of the part at *position* in memory, where all of them are small enough for that."""
+        if self._kept is None:
+            return
+        part = self.parts[position]
+        whole = torch.empty(part.numel, dtype=torch.float32, device="cpu")
+        for start in range(0, part.numel, CHUNK_NUMEL):
+            stop = min(start + CHUNK_NUMEL, part.numel)
+            whole[start:stop] = self._read(part, start, stop)
+        self._kept[part.expert.task] = whole
 
     def _task_vector(self, part: Part, span: Span) -> Tensor:
         if self._kept is None:
             return self._read(part, span.start, span.stop)
-        if part.expert.task not in self._kept:
-            whole = torch.empty(part.numel, dtype=torch.float32)
-            for start in range(0, part.numel, CHUNK_NUMEL):
-                stop = min(start + CHUNK_NUMEL, part.numel)
-                whole[start:stop] = self._read(part, start, stop)
-            self._kept[part.expert.task] = whole
         return self._kept[part.expert.task][span.start : span.stop]
 
     def _read(self, part: Part, start: int, stop: int) -> Tensor:

@@ -1,0 +1,117 @@
+"""tallstore: many fine-tunes of one model in one small bundle, and any of them back by name.
+
+    import tallstore
+
+    tallstore.pack("base", {"mnist": "mnist-model", "cars": "cars-model"}, "bundle")
+    weights = tallstore.open_bundle("bundle", base="base").state_dict("mnist")
+
+Names are imported when they are first used, so that ``import tallstore`` costs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from tallstore.bundle import Bundle, open_bundle
+    from tallstore.errors import (
+        AdapterCheckpointError,
+        BaseError,
+        BaseMismatchError,
+        BaseMissingError,
+        BundleNotFoundError,
+        CheckpointNotFoundError,
+        DamagedCheckpointError,
+        FormatError,
+        InputError,
+        IntegrityError,
+        NameMismatchError,
+        NonFiniteError,
+        NotFetchedError,
+        OptionError,
+        OutputBusyError,
+        OutputError,
+        OutputExistsError,
+        OutputInsideInputError,
+        QuantizedCheckpointError,
+        TallstoreError,
+        TooFewExpertsError,
+        UnknownNameError,
+        UnknownTaskError,
+        UnknownTensorError,
+        UnsafeCheckpointError,
+        UnsupportedFeatureError,
+        UnsupportedVersionError,
+    )
+    from tallstore.fit import SignedMask, TallMask
+    from tallstore.model_weights import LoadResult
+    from tallstore.packing import PackReport, pack
+    from tallstore.verifying import Problem, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterCheckpointError",
+    "BaseError",
+    "BaseMismatchError",
+    "BaseMissingError",
+    "Bundle",
+    "BundleNotFoundError",
+    "CheckpointNotFoundError",
+    "DamagedCheckpointError",
+    "FormatError",
+    "InputError",
+    "IntegrityError",
+    "LoadResult",
+    "NameMismatchError",
+    "NonFiniteError",
+    "NotFetchedError",
+    "OptionError",
+    "OutputBusyError",
+    "OutputError",
+    "OutputExistsError",
+    "OutputInsideInputError",
+    "PackReport",
+    "Problem",
+    "QuantizedCheckpointError",
+    "SignedMask",
+    "TallMask",
+    "TallstoreError",
+    "TooFewExpertsError",
+    "UnknownNameError",
+    "UnknownTaskError",
+    "UnknownTensorError",
+    "UnsafeCheckpointError",
+    "UnsupportedFeatureError",
+    "UnsupportedVersionError",
+    "open_bundle",
+    "pack",
+    "verify",
+]
+
+# Where the names are that are no errors. No module of the package has the name of a function: importing one would put
+# the module in the function's place.
+_HOMES: Final = {
+    "Bundle": "tallstore.bundle",
+    "open_bundle": "tallstore.bundle",
+    "LoadResult": "tallstore.model_weights",
+    "SignedMask": "tallstore.fit",
+    "TallMask": "tallstore.fit",
+    "PackReport": "tallstore.packing",
+    "pack": "tallstore.packing",
+    "Problem": "tallstore.verifying",
+    "verify": "tallstore.verifying",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found: object = getattr(importlib.import_module(_HOMES.get(name, "tallstore.errors")), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

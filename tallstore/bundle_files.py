@@ -1,0 +1,398 @@
+"""The files of a bundle on disk, without torch: tables parsed and checked once, shards opened when they are needed."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import stat
+import threading
+import weakref
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tallstore import layout
+from tallstore.bits import Bytes
+from tallstore.errors import (
+    BundleNotFoundError,
+    FormatError,
+    IntegrityError,
+    NotFetchedError,
+    UnknownTaskError,
+    UnknownTensorError,
+)
+from tallstore.manifest import (
+    MAX_JSON_NBYTES,
+    AliasTensor,
+    BaseTable,
+    DroppedTensor,
+    FileEntry,
+    GroupTable,
+    ScaledCode,
+    Shard,
+    Table,
+    TaskEntry,
+    TaskTable,
+    Vector,
+    Whole,
+    is_newer_minor,
+    parse,
+    parse_manifest,
+)
+from tallstore.payloads import (
+    BaseTensors,
+    Shape,
+    Stored,
+    Vectors,
+    base_tensors,
+    gains_of,
+    group_vectors,
+    row_count,
+    vector_step_of,
+)
+from tallstore.r13 import in_range, row_scales
+from tallstore.shards import LocalFile, PayloadReader, ShardReader, Verify
+from tallstore.tables import check_base, check_embedded_base, check_group, check_manifest, check_task, refuse
+
+# A process may hold about a thousand files open, a bundle may have more: the ones used last stay open.
+_MAX_OPEN_SHARDS = 64
+_MAX_TABLES = 256
+
+Key = TypeVar("Key", bound=Hashable)
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A group or a task: whose shards they are.
+
+    Attributes:
+        directory: of the shards, in the bundle.
+        shards: as payloads number them.
+    """
+
+    directory: str
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
+class Group(Owner):
+    """A group's table, checked."""
+
+    vectors: Vectors
+
+    def merged(self, tensor: str) -> Vector:
+        """The merged vector for a base tensor; the checks of the tables have seen to it that it is there."""
+        return self.vectors[tensor, "merged"]
+
+
+@dataclass(frozen=True)
+class Task(Owner):
+    """A task's table, checked against its group's and the base's.
+
+    Attributes:
+        entry: the manifest's.
+        table: task.json.
+        group: the task's.
+        base: the base's tensors.
+        tensors: by name, a tied name leading to the tensor that it is tied to; the dropped ones are left out.
+    """
+
+    entry: TaskEntry
+    table: TaskTable
+    group: Group
+    base: BaseTensors
+    tensors: Mapping[str, Whole]
+
+    def tensor(self, name: str) -> Whole:
+        """The tensor of that name.
+
+        Raises:
+            UnknownTensorError: there is none.
+        """
+        if name not in self.tensors:
+            raise UnknownTensorError(f"task {self.entry.name!r}", "tensor", name, self.tensors)
+        return self.tensors[name]
+
+
+class BundleFiles:
+    """One bundle's files; several threads may use them.
+
+    Attributes:
+        root: the bundle's directory.
+        manifest: tallstore.json.
+        files: what the manifest lists, by path.
+    """
+
+    def __init__(self, root: Path, verify: Verify = "first-read") -> None:
+        """Read and check the manifest, and nothing else.
+
+        Raises:
+            BundleNotFoundError: there is none.
+            FormatError: it breaks a rule.
+        """
+        self.root, self._verify = root, verify
+        self._nbytes_read = _Count()
+        try:
+            raw = layout.read_bounded(root, layout.MANIFEST, MAX_JSON_NBYTES)
+        except (FileNotFoundError, NotADirectoryError):
+            raise BundleNotFoundError(f"{root}: there is no bundle (no {layout.MANIFEST}); check the path") from None
+        self._nbytes_read.add(len(raw))
+        self.manifest = parse_manifest(raw, layout.MANIFEST)
+        refuse(check_manifest(self.manifest))
+        self.files = {file.path: file for file in self.manifest.files}
+        self._entries = {task.name: task for task in self.manifest.tasks}
+        self._groups = _Recent[str, Group](_MAX_TABLES)
+        self._tasks = _Recent[str, Task](_MAX_TABLES)
+        self._shards = _Recent[str, ShardReader](_MAX_OPEN_SHARDS)
+
+    @property
+    def nbytes_read(self) -> int:
+        """Bytes that were read from the bundle's files, those of an embedded base left out."""
+        return self._nbytes_read.total
+
+    def close(self) -> None:
+        """Close every shard that is not being read; a later read opens it again."""
+        self._shards.clear()
+
+    # --- tables ---
+
+    @cached_property
+    def base(self) -> BaseTensors:
+        """The tensors of base.json.
+
+        Raises:
+            FormatError: it is missing, changed, or breaks a rule.
+        """
+        table = self._read_table(layout.BASE_TABLE, BaseTable)
+        refuse(check_base(table))
+        return base_tensors(table)
+
+    def entry(self, name: str) -> TaskEntry:
+        """The manifest's entry of a task.
+
+        Raises:
+            UnknownTaskError: there is none.
+        """
+        if name not in self._entries:
+            raise UnknownTaskError(str(self.root), "task", name, self._entries)
+        return self._entries[name]
+
+    def is_fetched(self, name: str) -> bool:
+        """Whether the files of a task are here.
+
+        Raises:
+            UnknownTaskError: there is no such task.
+        """
+        directory = layout.task_directory(self.entry(name).slug)
+        return all(_is_regular(self.root / path) for path in self._paths[directory])
+
+    def group(self, group_id: str) -> Group:
+        """A group's table.
+
+        Raises:
+            FormatError: it is missing, changed, or breaks a rule.
+        """
+        return self._groups.get(group_id, lambda: self._open_group(group_id))
+
+    def task(self, name: str) -> Task:
+        """A task's table.
+
+        Raises:
+            UnknownTaskError: there is no such task.
+            NotFetchedError: its table is not here.
+            FormatError: its table, its group's or the base's is missing, changed, or breaks a rule.
+        """
+        entry = self.entry(name)
+        return self._tasks.get(name, lambda: self._open_task(entry))
+
+    def _open_group(self, group_id: str) -> Group:
+        table = self._read_table(layout.group_table(group_id), GroupTable)
+        entry = next(group for group in self.manifest.groups if group.id == group_id)
+        refuse(check_group(table, entry, self.base, self.files))
+        return Group(layout.group_directory(group_id), table.shards, group_vectors(table))
+
+    def _open_task(self, entry: TaskEntry) -> Task:
+        table = self._read_table(layout.task_table(entry.slug), TaskTable)
+        group = self.group(entry.group)
+        refuse(check_task(table, entry, self.base, group.vectors, self.files))
+        directory = layout.task_directory(entry.slug)
+        return Task(directory, table.shards, entry, table, group, self.base, _tensors(table))
+
+    def _read_table(self, path: str, table: type[Table]) -> Table:
+        entry = self.files[path]
+        try:
+            raw = layout.read_bounded(self.root, path, MAX_JSON_NBYTES)
+        except FileNotFoundError:
+            raise self._missing(path) from None
+        self._nbytes_read.add(len(raw))
+        self._check_size(entry, len(raw))
+        if hashlib.sha256(raw).hexdigest() != entry.sha256:
+            raise IntegrityError("FILE-2", path, "changed since it was written; fetch the file again")
+        return parse(raw, table, path, newer_minor=is_newer_minor(self.manifest))
+
+    # --- shards ---
+
+    def payload(self, owner: Owner, stored: Stored) -> PayloadReader:
+        """The chunks of a payload of *owner*; opens its shard.
+
+        Raises:
+            NotFetchedError: the shard is a task's, and not here.
+            FormatError: it is a group's and not here, or header or index break a rule.
+        """
+        shard = owner.shards[stored.payload.shard]
+        path = f"{owner.directory}/{shard.file}"
+        reader = self._shards.get(path, lambda: self._open_shard(path, shard))
+        return reader.payload(stored.key, stored.payload, stored.encoding, stored.numel)
+
+    def scales(
+        self, task: Task, name: str, base_name: str, code: ScaledCode, shape: Shape
+    ) -> tuple[NDArray[np.float32], int]:
+        """The scales of a coded tensor, or of the leading rows of an extended one (REC-4).
+
+        Returns:
+            float32 scales, one or one a row, and the elements of a row.
+
+        Raises:
+            FormatError: NUM-3, one is above 2^60; or as `payload`.
+        """
+        vector = task.group.merged(base_name)
+        numel, rows = math.prod(shape), row_count(shape, code.row_axes)
+        gains = np.array([code.gain or 0.0], np.float32)
+        by_row = gains_of(name, code, shape)
+        if by_row is not None:
+            gains = self.payload(task, by_row).all().view("<f4")
+        step = vector_step_of(vector, task.base[base_name].shape)
+        if step is None:
+            return gains, numel // gains.size
+        rows = row_count(shape, vector.row_axes)
+        scales = row_scales(gains, self.payload(task.group, step).all().view("<f4")[:rows])
+        if not np.all(in_range(scales)):
+            where = f"{layout.task_table(task.entry.slug)}, tensor {name!r}"
+            raise FormatError("NUM-3", where, "a row's gain times its step is above 2^60")
+        return scales, numel // rows
+
+    def _open_shard(self, path: str, shard: Shard) -> ShardReader:
+        try:
+            file = _CountedFile(layout.resolve(self.root, path), path, self._nbytes_read)
+        except FileNotFoundError:
+            raise self._missing(path) from None
+        try:
+            self._check_size(self.files[path], file.nbytes)
+            reader = ShardReader(file, shard, self._verify)
+        except BaseException:
+            file.close()
+            raise
+        # Closed when nothing reads it any more, be it that it was forgotten while a thread was at it.
+        weakref.finalize(reader, file.close)
+        return reader
+
+    # --- files ---
+
+    @cached_property
+    def _paths(self) -> Mapping[str, list[str]]:
+        """Listed paths by directory."""
+        paths = defaultdict[str, list[str]](list)
+        for path in self.files:
+            paths[path.rpartition("/")[0]].append(path)
+        return paths
+
+    def embedded_base(self) -> Path:
+        """The directory of the embedded base, whose files are all here, with their sizes.
+
+        Raises:
+            FormatError: MAN-5, FILE-4, FILE-1 or PATH-2.
+        """
+        refuse(check_embedded_base(self.manifest))
+        for path in self._paths[layout.BASE_DIRECTORY]:
+            try:
+                place = layout.resolve(self.root, path)
+            except FileNotFoundError:
+                raise self._missing(path) from None
+            self._check_size(self.files[path], place.stat().st_size)
+        return self.root / layout.BASE_DIRECTORY
+
+    def _check_size(self, entry: FileEntry, size: int) -> None:
+        if size != entry.size:
+            problem = f"has {size} bytes, the manifest says {entry.size}; fetch the file again"
+            raise IntegrityError("FILE-1", entry.path, problem)
+
+    def _missing(self, path: str) -> Exception:
+        slug = path.split("/")[1] if path.startswith("tasks/") else None
+        name = next((task.name for task in self.manifest.tasks if task.slug == slug), None)
+        if name is None:
+            return FormatError("FILE-4", path, f"is missing from {self.root}; fetch the bundle again")
+        return NotFetchedError(
+            f"{self.root}: task {name!r} was not fetched ({path} is not here); "
+            f"run `tallstore pull … --task {name!r}`, or copy its files"
+        )
+
+
+def _tensors(table: TaskTable) -> Mapping[str, Whole]:
+    whole = {tensor.name: tensor for tensor in table.tensors if isinstance(tensor, Whole)}
+    return {
+        tensor.name: whole[tensor.of if isinstance(tensor, AliasTensor) else tensor.name]
+        for tensor in table.tensors
+        if not isinstance(tensor, DroppedTensor)
+    }
+
+
+class _Recent(Generic[Key, Item]):
+    """What was made for a key, for the keys that were used last."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._items = OrderedDict[Key, Item]()
+        self._lock = threading.RLock()
+
+    def get(self, key: Key, make: Callable[[], Item]) -> Item:
+        with self._lock:
+            item = self._items[key] if key in self._items else make()
+            self._items[key] = item
+            self._items.move_to_end(key)
+            if len(self._items) > self._limit:
+                self._items.popitem(last=False)
+            return item
+
+    def clear(self) -> None:
+        with self._lock:
+            self._items.clear()
+
+
+class _Count:
+    """A number that several threads add to."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._lock = threading.Lock()
+
+    def add(self, number: int) -> None:
+        with self._lock:
+            self.total += number
+
+
+class _CountedFile(LocalFile):
+    """A file whose bytes are counted with its bundle's."""
+
+    def __init__(self, path: Path, where: str, count: _Count) -> None:
+        super().__init__(path, where)
+        self._count = count
+
+    def read(self, start: int, stop: int) -> Bytes:
+        read = super().read(start, stop)
+        self._count.add(read.size)
+        return read
+
+
+def _is_regular(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False

@@ -1,0 +1,158 @@
+"""What the rest of tallstore sees of an input checkpoint, wherever its weights are."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import torch
+
+from tallstore.checkpoints.torch_dtypes import TORCH_DTYPES
+from tallstore.dtypes import DTYPES, TensorSpec
+from tallstore.errors import DamagedCheckpointError, UnknownTensorError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+    from types import TracebackType
+
+    import numpy as np
+    from numpy.typing import NDArray
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True, slots=True)
+class HubRef:
+    """A model of the Hugging Face Hub at one commit.
+
+    Attributes:
+        repo_id: ``"org/name"``.
+        revision: the commit's full sha.
+    """
+
+    repo_id: str
+    revision: str
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a checkpoint came from.
+
+    Attributes:
+        where: what messages call it: a path, ``"org/name@sha"`` or ``"a state dict"``.
+        files: the weight files.
+        directory: the Hugging Face directory, if it is one.
+        hub: the model on the Hub, if it was downloaded.
+    """
+
+    where: str
+    files: tuple[Path, ...] = ()
+    directory: Path | None = None
+    hub: HubRef | None = None
+
+
+class Checkpoint(abc.ABC):
+    """Named tensors whose bytes are read range by range; also a context manager.
+
+    Reads may come from several threads. Files are mapped, never modified.
+
+    Attributes:
+        where: what messages call it: a path, ``"org/name@sha"`` or ``"a state dict"``.
+        names: every tensor's name, ties included, sorted; the order of shards does not matter.
+        aliases: tied name -> the name that carries the storage, which is the first of them in sorted order. Names are
+            tied where they are the same elements of one storage, in the same dtype, shape and strides.
+        files: the weight files.
+        directory: the Hugging Face directory, if it is one; companion files live there.
+        hub: the model on the Hub, if it was downloaded.
+    """
+
+    def __init__(
+        self, origin: Origin, specs: Mapping[str, TensorSpec], aliases: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        if not specs:
+            raise DamagedCheckpointError(origin.where, "holds no tensors; give a checkpoint with weights")
+        self.where = origin.where
+        self.files = origin.files
+        self.directory = origin.directory
+        self.hub = origin.hub
+        self.names = tuple(sorted(specs))
+        self.aliases = MappingProxyType(dict(aliases))
+        self._specs = specs
+        self._closed = False
+
+    def spec(self, name: str) -> TensorSpec:
+        """Data type and shape of tensor *name*; reads nothing.
+
+        Raises:
+            UnknownTensorError: no tensor has that name.
+        """
+        try:
+            return self._specs[name]
+        except KeyError:
+            raise UnknownTensorError(self.where, "tensor", name, self.names) from None
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Elements [*start*, *stop*) of the flat row-major tensor *name*.
+
+        Reads the bytes asked for only, with two exceptions: a tensor of a state dict that is not contiguous is made so
+        once, and a pickle in torch's format of before 1.6 was read whole when it was opened.
+
+        Returns:
+            Tensor of one dimension, in the tensor's own dtype, contiguous, on the CPU. It may be a view of the input:
+            callers must not write to it. It stays valid after `close`.
+
+        Raises:
+            UnknownTensorError: no tensor has that name.
+            DamagedCheckpointError: the tensor is BOOL, and has bytes other than 0 and 1; or a file was changed.
+            IndexError: the range is not inside the tensor.
+        """
+        raw = self.read_bytes(name, start, stop)
+        dtype = self._specs[name].dtype
+        if not raw.size:  # numpy's empty arrays have strides that torch takes for no view
+            return torch.empty(0, dtype=TORCH_DTYPES[dtype])
+        # A safetensors file may have its tensors at any byte, and torch computes with whole, aligned elements.
+        if raw.ctypes.data % DTYPES[dtype]:
+            raw = raw.copy()
+        return torch.from_numpy(raw).view(TORCH_DTYPES[dtype])
+
+    def read_bytes(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
+        """The little-endian bytes of the elements that `read` returns; same cost and errors, not to be written to.
+
+        Returns:
+            Array of shape ((stop - start) * itemsize,).
+        """
+        spec = self.spec(name)
+        if self._closed:
+            raise ValueError(f"{self.where} is closed")
+        stop = spec.numel if stop is None else stop
+        if not 0 <= start <= stop <= spec.numel:
+            raise IndexError(f"elements {start} to {stop} of tensor {name!r}, which has {spec.numel}")
+        raw = self._flat_bytes(name, start, stop)
+        if spec.dtype == "BOOL" and raw.size and raw.max() > 1:
+            raise DamagedCheckpointError(
+                self.where, f"tensor {name!r} is BOOL and has bytes other than 0 and 1; write the checkpoint again"
+            )
+        return raw
+
+    @abc.abstractmethod
+    def _flat_bytes(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
+        """Bytes of elements [*start*, *stop*) of a tensor that exists, the range being inside it."""
+
+    def close(self) -> None:
+        """Let go of files and tensors; what was read stays valid."""
+        self._closed = True
+        self._release()
+
+    @abc.abstractmethod
+    def _release(self) -> None:
+        """Drop every reference to files and tensors."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

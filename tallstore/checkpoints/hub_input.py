@@ -1,0 +1,128 @@
+"""Models of the Hugging Face Hub as inputs: one commit, its configuration, and only the weights that will be read."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from tallstore.checkpoints.checkpoint import HubRef
+from tallstore.checkpoints.directory import STANDARD_FILES, shard_names
+from tallstore.checkpoints.refusals import refuse_by_config
+from tallstore.errors import CheckpointNotFoundError, InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_HUB_ID: Final = re.compile(r"(?P<repo_id>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w./-]+))?")
+
+_COMPANIONS: Final = ("*.json", "*.txt", "*.model", "*.jinja")
+"""Configuration, tokenizer, labels, and the indices of shards."""
+
+
+def match_hub_id(text: str) -> re.Match[str] | None:
+    """Match ``org/name`` or ``org/name@revision``, in groups `repo_id` and `revision`; says nothing of existence."""
+    return _HUB_ID.fullmatch(text)
+
+
+def download(repo_id: str, revision: str | None, token: str | None) -> tuple[Path, HubRef]:
+    """Download the weights of a model and what lies beside them into the Hub's cache; what is there is not sent again.
+
+    Safetensors are preferred: pickles are downloaded only where there is no standard safetensors file.
+
+    Returns:
+        The directory, and the commit that *revision* (by default ``main``) stands for.
+
+    Raises:
+        CheckpointNotFoundError: no such repository or revision, or none that *token* may see.
+        AdapterCheckpointError, QuantizedCheckpointError: its configuration says so; weights are not downloaded.
+        InputError: the Hub cannot be reached and the cache has not everything, or access is refused.
+    """
+    where = f"{repo_id}@{revision}" if revision else repo_id
+    directory = _snapshot(where, repo_id, revision, token, _COMPANIONS)
+    refuse_by_config(where, directory)
+    ref = HubRef(repo_id, directory.name)  # the cache keeps a snapshot in a directory of its commit's name
+    names = _weight_names(where, directory, _file_names(ref, token, directory))
+    _snapshot(where, repo_id, ref.revision, token, names)
+    return directory, ref
+
+
+def _weight_names(where: str, directory: Path, available: frozenset[str]) -> list[str]:
+    """The files that `find_weights` will read, once they are there."""
+    for index_name, single in STANDARD_FILES:
+        if (directory / index_name).is_file():
+            return sorted(set(shard_names(directory / index_name).values()))
+        if single in available:
+            return [single]
+    names = sorted(name for name in available if name.endswith(".safetensors") and "/" not in name)
+    if not names:
+        raise InputError(where, "has no .safetensors file and no pytorch_model.bin; give a model with weights")
+    if len(names) > 1:
+        raise InputError(
+            where, f"has {len(names)} .safetensors files and no index of shards; download one, and give its path"
+        )
+    return names
+
+
+def _file_names(ref: HubRef, token: str | None, directory: Path) -> frozenset[str]:
+    import huggingface_hub  # noqa: PLC0415 - takes long to import, and few inputs are on the Hub
+
+    try:
+        return frozenset(huggingface_hub.list_repo_files(ref.repo_id, revision=ref.revision, token=token))
+    except Exception:  # noqa: BLE001 - offline, of whatever kind: what was downloaded before may be all that is needed
+        return frozenset(path.name for path in directory.glob("*"))
+
+
+def _snapshot(where: str, repo_id: str, revision: str | None, token: str | None, patterns: Sequence[str]) -> Path:
+    import huggingface_hub  # noqa: PLC0415
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined] # noqa: PLC0415
+
+    class TerminalBar(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 - whatever tqdm takes
+            options.setdefault("disable", None)  # tqdm: show nothing where the output is not a terminal
+            super().__init__(*args, **options)  # type: ignore[no-untyped-call]
+
+    try:
+        path = huggingface_hub.snapshot_download(
+            repo_id, revision=revision, token=token, allow_patterns=list(patterns), tqdm_class=TerminalBar
+        )
+    # Its messages have several lines, and those of the HTTP client below it may quote the request's headers, where the
+    # token is: none is passed on.
+    except Exception as error:  # noqa: BLE001
+        raise _hub_error(where, error) from None
+    return Path(path)
+
+
+def _hub_error(where: str, error: Exception) -> InputError:
+    from huggingface_hub import errors  # noqa: PLC0415
+
+    status = _http_status(error)
+    kind: type[InputError] = InputError
+    if isinstance(error, errors.GatedRepoError):
+        problem = "is a gated model; accept its terms on the Hub, and give the token of that account"
+    elif isinstance(error, errors.RevisionNotFoundError):
+        kind, problem = CheckpointNotFoundError, "the Hub has that model, but no such revision; give another"
+    elif isinstance(error, errors.RepositoryNotFoundError):
+        kind = CheckpointNotFoundError
+        problem = "no such path here, and no such model on the Hub; a private one needs a token (see `hf auth login`)"
+    elif isinstance(error, errors.HFValidationError):
+        kind, problem = CheckpointNotFoundError, "no such path here, and no valid id of a model on the Hub"
+    elif status in {401, 403}:
+        problem = f"the Hub refuses access (HTTP {status}); give a token that may read this model"
+    elif status is not None:
+        problem = f"the Hub answers with HTTP {status}; try again later"
+    elif isinstance(error, errors.LocalEntryNotFoundError):
+        problem = "no such path here; the Hub cannot be reached, and its cache here does not have the whole model"
+    else:
+        problem = f"cannot be downloaded from the Hub ({type(error).__name__}); try again, or give a local directory"
+    return kind(where, problem)
+
+
+def _http_status(error: BaseException | None) -> int | None:
+    """The status of the Hub's answer, which the library may have wrapped in another error."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status
+        error = error.__cause__
+    return None

@@ -1,0 +1,115 @@
+"""Checkpoints in safetensors files, each range mapped when it is read."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tallstore.checkpoints.checkpoint import Checkpoint, Origin
+from tallstore.checkpoints.refusals import LFS_POINTER_NBYTES, refuse_lfs_pointer, refuse_unmerged_names
+from tallstore.dtypes import DTYPES, TensorSpec
+from tallstore.errors import DamagedCheckpointError, InputError
+from tallstore.safetensors_header import Entry, HeaderProblem, UnknownDtypeProblem, header_nbytes, parse_header
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file.
+
+    Attributes:
+        tensors: where each is in the file.
+        version: size and times of the file when its header was read.
+    """
+
+    path: Path
+    tensors: Mapping[str, Entry]
+    version: tuple[int, ...]
+
+
+def read_shard(path: Path) -> Shard:
+    """Parse the header of the file at *path*; reads no tensor.
+
+    Raises:
+        DamagedCheckpointError: the file is truncated or breaks the format.
+        AdapterCheckpointError, QuantizedCheckpointError: its names say that it is not a model's.
+        InputError: it cannot be read, or holds a dtype that cannot be stored.
+    """
+    where = str(path)
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            start = file.read(LFS_POINTER_NBYTES)
+            refuse_lfs_pointer(path, start)
+            file.seek(0)
+            header = parse_header(file.read(header_nbytes(start, status.st_size)), status.st_size)
+    except OSError as error:
+        raise InputError(where, f"cannot be read: {error.strerror}") from None
+    except UnknownDtypeProblem as problem:
+        raise InputError(where, f"{problem.problem}; convert that tensor first") from None
+    except HeaderProblem as problem:
+        raise DamagedCheckpointError(where, f"{problem.problem}; copy or download the file again") from None
+    refuse_unmerged_names(where, header.tensors)
+    return Shard(path, header.tensors, _version(status))
+
+
+class SafetensorsCheckpoint(Checkpoint):
+    """Tensors in one safetensors file or several shards.
+
+    A read maps its own range only, and keeps no file open. Mapping whole files, as torch and safetensors do, fails
+    where a file is larger than memory, and keeping them open takes a descriptor each: a hundred experts of ten shards
+    are a thousand files.
+    """
+
+    def __init__(self, origin: Origin, shards: Mapping[Path, Shard], places: Mapping[str, Path]) -> None:
+        """Take what `read_shard` returned for each file, and the file of each tensor."""
+        self._shards = shards
+        self._places = places
+        super().__init__(origin, {name: _spec(shards[path].tensors[name]) for name, path in places.items()})
+
+    def _flat_bytes(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
+        shard = self._shards[self._places[name]]
+        entry = shard.tensors[name]
+        if start == stop:
+            return np.empty(0, np.uint8)
+        width = DTYPES[entry.dtype]
+        return _map(shard, entry.start + start * width, entry.start + stop * width)
+
+    def _release(self) -> None:
+        """Nothing is held."""
+
+
+def _spec(entry: Entry) -> TensorSpec:
+    return TensorSpec(entry.dtype, entry.shape)
+
+
+def _version(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _map(shard: Shard, first: int, end: int) -> NDArray[np.uint8]:
+    """Bytes [*first*, *end*) of the file, mapped as long as the array lives.
+
+    Raises:
+        DamagedCheckpointError: the file is not the one whose header was read.
+        InputError: it cannot be read.
+    """
+    aligned = first - first % mmap.ALLOCATIONGRANULARITY
+    try:
+        with shard.path.open("rb") as file:
+            if _version(os.fstat(file.fileno())) != shard.version:
+                raise DamagedCheckpointError(str(shard.path), "was changed while it was read; start again")
+            # Private and writable: torch wants arrays that can be written to, and the file must not be.
+            mapped = mmap.mmap(file.fileno(), end - aligned, access=mmap.ACCESS_COPY, offset=aligned)
+    except OSError as error:
+        raise InputError(str(shard.path), f"cannot be read: {error.strerror}") from None
+    return np.frombuffer(mapped, np.uint8, offset=first - aligned)

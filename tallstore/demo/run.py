@@ -1,0 +1,248 @@
+"""Train, pack, load by name, score; and the tables that say how it went."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import safetensors.torch
+import torch
+from rich import box
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from torch import Tensor
+
+from tallstore.bundle import open_bundle
+from tallstore.demo.digits import Task, load_digits, make_tasks
+from tallstore.demo.model import ModelConfig, VisionTransformer
+from tallstore.demo.training import Recipe, finetune, predict, pretrain
+from tallstore.errors import OutputExistsError
+from tallstore.packing import pack
+
+NOTE: Final = "DEMO.md"
+NOTE_TEXT: Final = """\
+# What `tallstore demo` left here
+
+- `checkpoints/base`: a small vision transformer, pretrained on scikit-learn's digits
+- `checkpoints/<task>`: six full fine-tunes of it
+- `bundle`: all seven in one tallstore bundle
+
+The next `tallstore demo` into this folder writes over them.
+"""
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """How one expert fares on held-out images, as it was trained and as it came back from the bundle.
+
+    Attributes:
+        name: the task's name, by which the expert was loaded.
+        trained: accuracy of the checkpoint.
+        bundled: accuracy of the expert from the bundle.
+        agreement: share of the images for which both say the same.
+        cosine: between the task vector (checkpoint - base) and what the bundle holds of it.
+    """
+
+    name: str
+    trained: float
+    bundled: float
+    agreement: float
+    cosine: float
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """What the demo made and measured.
+
+    Attributes:
+        scores: one a task.
+        bundle: the bundle's folder.
+        base_nbytes: the base's checkpoint.
+        experts_nbytes: the experts' checkpoints together.
+        bundle_nbytes: the bundle, the base embedded in it.
+        task_nbytes: what one task adds to the bundle, the mean of all.
+        seconds: how long each of the stages took: training, packing, loading.
+    """
+
+    scores: tuple[TaskScore, ...]
+    bundle: Path
+    base_nbytes: int
+    experts_nbytes: int
+    bundle_nbytes: int
+    task_nbytes: int
+    seconds: Mapping[str, float]
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller the bundle is than the checkpoints that it replaces, the base among them."""
+        return (self.base_nbytes + self.experts_nbytes) / self.bundle_nbytes
+
+    def scores_table(self) -> Table:
+        """Return the scores, a row a task."""
+        table = Table(title="Accuracy on held-out images", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("task", no_wrap=True)
+        for heading in ("trained", "from the bundle", "agreement", "cosine"):
+            table.add_column(heading, justify="right", min_width=6)
+        for score in self.scores:
+            shares = (f"{share:.1%}" for share in (score.trained, score.bundled, score.agreement))
+            table.add_row(score.name, *shares, f"{score.cosine:.3f}")
+        return table
+
+    def sizes_table(self) -> Table:
+        """Return the sizes on disk."""
+        count = len(self.scores)
+        table = Table(
+            title="Size on disk", title_justify="left", show_header=False, box=box.SIMPLE_HEAD, pad_edge=False
+        )
+        table.add_column()
+        table.add_column(justify="right", no_wrap=True)
+        table.add_row(f"the base and {count} experts", decimal(self.base_nbytes + self.experts_nbytes))
+        table.add_row("one bundle of them all", f"{decimal(self.bundle_nbytes)}, {self.ratio:.1f} times smaller")
+        share = self.experts_nbytes / count / self.task_nbytes
+        table.add_row("one more task", f"{decimal(self.task_nbytes)}, 1/{share:.0f} of a checkpoint")
+        return table
+
+
+def run_demo(
+    out: Path, *, seed: int = 0, recipe: Recipe | None = None, say: Callable[[str], None] | None = None
+) -> DemoReport:
+    """Train a base and six experts, pack them, load each by name and score it.
+
+    Leaves ``out/checkpoints`` and ``out/bundle``. About half a minute on two cores.
+
+    Args:
+        out: a folder that is empty, does not exist, or holds an earlier demo, which is written over.
+        seed: the same seed gives the same weights on one machine.
+        recipe: how long to train.
+        say: called with a line as each stage is done.
+
+    Raises:
+        MissingExtraError: scikit-learn is not installed.
+        OutputExistsError: *out* holds something else.
+    """
+    recipe = recipe or Recipe()
+    say = say or _say_nothing
+    clock = _Clock()
+    digits = load_digits()
+    _claim(out)
+
+    source, tasks = make_tasks(digits, torch.Generator().manual_seed(seed))
+    base = pretrain(source, recipe, seed)
+    say(f"pretrained on {source.about}: {_accuracy(predict(base, source.test.images), source):.1%} right")
+    checkpoints = out / "checkpoints"
+    _save(base, checkpoints / "base")
+    experts = {}
+    for task, expert in finetune(base, tasks, recipe, seed):
+        experts[task.name] = expert
+        _save(expert, checkpoints / task.name)
+        say(f"fine-tuned on {task.name}: {task.about}")
+    clock.lap("training")
+
+    bundle_path = out / "bundle"
+    paths = {task.name: checkpoints / task.name for task in tasks}
+    pack(checkpoints / "base", paths, bundle_path, embed_base=True, overwrite=True)
+    clock.lap("packing")
+    say(f"packed {len(tasks)} experts and their base in {clock.seconds['packing']:.1f} s")
+
+    with open_bundle(bundle_path) as bundle:
+        scores = tuple(_score(task, base, experts[task.name], bundle.state_dict(task.name)) for task in tasks)
+        slugs = [task.slug for task in bundle.manifest.tasks]
+    clock.lap("loading")
+
+    return DemoReport(
+        scores=scores,
+        bundle=bundle_path,
+        base_nbytes=_nbytes(checkpoints / "base"),
+        experts_nbytes=sum(_nbytes(path) for path in paths.values()),
+        bundle_nbytes=_nbytes(bundle_path),
+        task_nbytes=sum(_nbytes(bundle_path / "tasks" / slug) for slug in slugs) // len(slugs),
+        seconds=clock.seconds,
+    )
+
+
+def main(out: Path, *, seed: int = 0, console: Console | None = None) -> DemoReport:
+    """Run the demo, print how it went, and say what to try next; arguments and errors as of `run_demo`."""
+    console = console or Console()
+    with console.status("training a small vision transformer on digits, and six fine-tunes of it …"):
+        report = run_demo(out, seed=seed, say=lambda line: console.print(line, style="dim", highlight=False))
+    console.print()
+    console.print(report.scores_table())
+    console.print(report.sizes_table())
+    bundle, name = shlex.quote(str(report.bundle)), report.scores[0].name
+    console.print("\nTry next:")
+    for command in (
+        f"tallstore inspect {bundle}",
+        f"tallstore verify {bundle}",
+        f"tallstore export {bundle} {name} --out {shlex.quote(str(out / name))}",
+    ):
+        console.print(f"  {command}", style="bold", markup=False, highlight=False, soft_wrap=True)
+    return report
+
+
+def _say_nothing(_line: str) -> None:
+    pass
+
+
+class _Clock:
+    """Seconds of each lap, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name], self._start = now - self._start, now
+
+
+def _claim(out: Path) -> None:
+    """Make *out* the demo's: it must be new, empty, or an earlier demo's."""
+    if out.exists() and not (out / NOTE).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise OutputExistsError(f"{out}: is there already, and not from an earlier demo; choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / NOTE).write_text(NOTE_TEXT, encoding="utf-8")
+
+
+def _save(model: VisionTransformer, folder: Path) -> None:
+    """Write a checkpoint in Hugging Face's layout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(model.config.to_json(), indent=2) + "\n", encoding="utf-8")
+    # Not save_file, whose files nobody else may read.
+    (folder / "model.safetensors").write_bytes(safetensors.torch.save(model.state_dict(), {"format": "pt"}))
+
+
+def _score(task: Task, base: VisionTransformer, trained: VisionTransformer, weights: dict[str, Tensor]) -> TaskScore:
+    bundled = VisionTransformer(ModelConfig(task.num_labels))
+    bundled.load_state_dict(weights)
+    expected, found = predict(trained, task.test.images), predict(bundled, task.test.images)
+    return TaskScore(
+        name=task.name,
+        trained=_accuracy(expected, task),
+        bundled=_accuracy(found, task),
+        agreement=(expected == found).double().mean().item(),
+        cosine=_cosine(base.state_dict(), trained.state_dict(), weights),
+    )
+
+
+def _accuracy(predictions: Tensor, task: Task) -> float:
+    return (predictions == task.test.labels).double().mean().item()
+
+
+def _cosine(base: Mapping[str, Tensor], trained: Mapping[str, Tensor], bundled: Mapping[str, Tensor]) -> float:
+    """Cosine between trained - base and bundled - base, over the tensors that the base has in the same shape."""
+    common = [name for name, weight in base.items() if trained[name].shape == weight.shape]
+
+    def direction(weights: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([(weights[name].double() - base[name].double()).flatten() for name in common])
+
+    return torch.cosine_similarity(direction(trained), direction(bundled), dim=0).item()
+
+
+def _nbytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

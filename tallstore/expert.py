@@ -1,0 +1,235 @@
+"""One task's tensors, rebuilt range by range from the base, the shared vectors and the task's own payloads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from tallstore.bundle_files import BundleFiles, Task
+from tallstore.checkpoints.torch_dtypes import TORCH_DTYPES
+from tallstore.decode import CodedChunk, RowScales, copy_cast, rebuild
+from tallstore.dtypes import CHUNK_NUMEL, TensorSpec
+from tallstore.manifest import (
+    ExtendedTensor,
+    MaskCode,
+    MaskTensor,
+    PrivateTensor,
+    SameCode,
+    SameTensor,
+    ScaledCode,
+    SharedDtype,
+    SignedTensor,
+)
+from tallstore.payloads import (
+    Shape,
+    Stored,
+    further_of,
+    leading_shape,
+    sides_of,
+    values_of,
+    vector_values_of,
+)
+from tallstore.pinned_base import PinnedBase
+from tallstore.shards import PayloadReader
+
+
+class Expert:
+    """The tensors of one task. Holds no weights; several threads may use it."""
+
+    def __init__(self, task: Task, files: BundleFiles, base: PinnedBase) -> None:
+        self.task, self._files, self._base = task, files, base
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every tensor's name, in the order of the task's table."""
+        return tuple(self.task.tensors)
+
+    def carrier(self, name: str) -> str:
+        """The name of the tensor that *name* is tied to; its own where it is not tied.
+
+        Raises:
+            UnknownTensorError: no tensor has that name.
+        """
+        return self.task.tensor(name).name
+
+    def spec(self, name: str) -> TensorSpec:
+        """Data type and shape of a tensor; reads nothing.
+
+        Raises:
+            UnknownTensorError: no tensor has that name.
+        """
+        tensor = self.task.tensor(name)
+        return TensorSpec(tensor.dtype, tensor.shape)
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A whole tensor in new memory on the CPU; cast to *dtype*, if it is a floating-point one.
+
+        Raises:
+            TallstoreError: as `read`.
+        """
+        spec = self.spec(name)
+        own_dtype = TORCH_DTYPES[spec.dtype]
+        whole = torch.empty(
+            spec.shape, dtype=dtype if dtype and own_dtype.is_floating_point else own_dtype, device="cpu"
+        )
+        self.read(name, 0, spec.numel, whole.view(-1))
+        return whole
+
+    def elements(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a flat tensor in its own dtype, [stop - start], in new memory on the CPU.
+
+        Raises:
+            TallstoreError: as `read`.
+        """
+        part = torch.empty(stop - start, dtype=TORCH_DTYPES[self.spec(name).dtype], device="cpu")
+        self.read(name, start, stop, part)
+        return part
+
+    def read(self, name: str, start: int, stop: int, destination: Tensor) -> None:
+        """Write elements [start, stop) of the flat tensor *name* to *destination*, cast where its dtype is another.
+
+        Reads the chunks that they lie in, and nothing else of the tensor; needs the memory of a few chunks.
+
+        Args:
+            name: of the tensor.
+            start: of the range, inside the tensor.
+            stop: behind its last element.
+            destination: [stop - start], on the CPU.
+
+        Raises:
+            UnknownTensorError: no tensor has that name.
+            IntegrityError: bytes are not the ones that were written.
+            FormatError: a payload breaks a rule.
+            BaseMismatchError: the base is another one.
+        """
+        own_dtype = TORCH_DTYPES[self.task.tensor(name).dtype]
+        scratch = None
+        if destination.dtype != own_dtype:
+            scratch = torch.empty(min(stop - start, CHUNK_NUMEL), dtype=own_dtype, device="cpu")
+        for section in self._sections(name, start, stop):
+            for first, last in _chunked(
+                max(start, section.start) - section.start, min(stop, section.stop) - section.start
+            ):
+                place = section.start + first - start
+                piece = destination[place : place + last - first]
+                if scratch is None:
+                    section.source.read(first, last, piece)
+                else:
+                    section.source.read(first, last, scratch[: last - first])
+                    copy_cast(piece, scratch[: last - first])
+
+    def _sections(self, name: str, start: int, stop: int) -> Iterator[_Section]:
+        """The parts of a tensor that overlap [start, stop); a payload is not opened before its part is asked for."""
+        tensor = self.task.tensor(name)
+        numel = math.prod(tensor.shape)
+        match tensor:
+            case PrivateTensor():
+                if stop > start:
+                    yield _Section(0, numel, self._stored(values_of(tensor)))
+            case SameTensor():
+                yield _Section(0, numel, _Kept(self._base, tensor.base_name))
+            case MaskTensor() | SignedTensor():
+                if stop > start:
+                    yield _Section(0, numel, self._coded(tensor.name, tensor.base_name, tensor, tensor.shape))
+            case ExtendedTensor():
+                shape = leading_shape(tensor)
+                border = math.prod(shape)
+                if start < min(border, stop):
+                    leading = tensor.leading
+                    source: _Source = (
+                        _Kept(self._base, tensor.base_name)
+                        if isinstance(leading, SameCode)
+                        else self._coded(tensor.name, tensor.base_name, leading, shape)
+                    )
+                    yield _Section(0, border, source)
+                if max(border, start) < stop:
+                    yield _Section(border, numel, self._stored(further_of(tensor)))
+
+    def _stored(self, stored: Stored | None) -> _Source:
+        if stored is None:
+            raise AssertionError("elements without a payload")  # the tables were checked (TAB-6)
+        return _Stored(self._files.payload(self.task, stored))
+
+    def _coded(self, name: str, base_name: str, code: ScaledCode, shape: Shape) -> _Source:
+        vector = self.task.group.merged(base_name)
+        scales, row_length = self._files.scales(self.task, name, base_name, code, shape)
+        return _Coded(
+            self._base,
+            base_name,
+            self._files.payload(self.task, sides_of(name, code, shape)),
+            1 if isinstance(code, MaskCode | MaskTensor) else 2,
+            self._files.payload(self.task.group, vector_values_of(vector, self.task.base[base_name].shape)),
+            vector.dtype,
+            RowScales(scales, row_length),
+        )
+
+
+class _Source(Protocol):
+    """Where elements come from."""
+
+    def read(self, start: int, stop: int, destination: Tensor) -> None:
+        """Write elements [start, stop), which lie in one chunk, to *destination* in the tensor's own dtype."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Section:
+    """Elements [start, stop) of a tensor, whose source counts them, and their chunks, from 0."""
+
+    start: int
+    stop: int
+    source: _Source
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """Elements that are stored whole."""
+
+    payload: PayloadReader
+
+    def read(self, start: int, stop: int, destination: Tensor) -> None:
+        chunk = self.payload.chunk(start // CHUNK_NUMEL)
+        offset, width = start % CHUNK_NUMEL, self.payload.encoding.itemsize
+        elements = chunk[offset * width : (offset + stop - start) * width]
+        destination.view(torch.uint8).numpy()[:] = elements
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """The base's own elements."""
+
+    base: PinnedBase
+    name: str
+
+    def read(self, start: int, stop: int, destination: Tensor) -> None:
+        copy_cast(destination, self.base.read(self.name, start, stop))
+
+
+@dataclass(frozen=True, slots=True)
+class _Coded:
+    """The base's elements, moved along the shared vector."""
+
+    base: PinnedBase
+    name: str
+    sides: PayloadReader
+    width: Literal[1, 2]
+    values: PayloadReader
+    dtype: SharedDtype
+    scales: RowScales
+
+    def read(self, start: int, stop: int, destination: Tensor) -> None:
+        index = start // CHUNK_NUMEL
+        coded = CodedChunk(self.sides.chunk(index), self.width, self.values.chunk(index), self.dtype)
+        rebuild(destination, self.base.read(self.name, start, stop), coded, self.scales, start)
+
+
+def _chunked(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) in ranges that each lie in one chunk."""
+    while start < stop:
+        last = min(stop, (start // CHUNK_NUMEL + 1) * CHUNK_NUMEL)
+        yield start, last
+        start = last

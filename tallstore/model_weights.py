@@ -1,0 +1,122 @@
+"""An expert's tensors written into a model, in place."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from tallstore.errors import OptionError
+from tallstore.expert import Expert
+
+_SHOWN_NAMES: Final = 5
+
+
+class LoadResult(NamedTuple):
+    """What a load did not find a counterpart for, as `torch.nn.Module.load_state_dict` returns it.
+
+    Attributes:
+        missing_keys: names of the model that the expert lacks.
+        unexpected_keys: names of the expert that the model lacks.
+    """
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def load_expert(expert: Expert, model: nn.Module, *, strict: bool) -> LoadResult:
+    """Write *expert* into *model*; what can be refused is refused before anything is written.
+
+    Raises:
+        OptionError: names (if *strict*), shapes or ties do not fit, or a tensor of the model has no memory.
+        TallstoreError: as `Expert.read`.
+    """
+    targets = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    common = {name: targets[name] for name in expert.names if name in targets}
+    for name, target in common.items():
+        _check_target(name, target, expert)
+    storages = _by_storage(common)
+    result = LoadResult(
+        [name for name, target in targets.items() if name not in common and _storage(name, target) not in storages],
+        [name for name in expert.names if name not in targets],
+    )
+    if strict and (result.missing_keys or result.unexpected_keys):
+        raise OptionError(_mismatch(expert, result))
+    for names in storages.values():
+        _check_tied(names, expert)
+    with torch.no_grad():
+        for names in storages.values():
+            _write(names[0], common[names[0]].detach(), expert)
+    return result
+
+
+def _check_target(name: str, target: Tensor, expert: Expert) -> None:
+    if is_lazy(target) or target.is_meta:
+        raise OptionError(
+            f"tensor {name!r} of the model has no memory to load into; call model.to_empty(device='cpu') first"
+        )
+    shape = expert.spec(name).shape
+    if tuple(target.shape) != shape:
+        raise OptionError(
+            f"tensor {name!r} is {list(target.shape)} in the model, {list(shape)} in task {expert.task.entry.name!r}; "
+            "make the model with the expert's own configuration"
+        )
+
+
+def _by_storage(targets: Mapping[str, Tensor]) -> Mapping[object, list[str]]:
+    """Names by the memory that they are written to."""
+    names = defaultdict[object, list[str]](list)
+    for name, target in targets.items():
+        names[_storage(name, target)].append(name)
+    return names
+
+
+def _storage(name: str, target: Tensor) -> object:
+    if target.numel() == 0 or is_lazy(target) or target.is_meta:
+        return name  # no memory, nothing that could be shared
+    return target.device, target.data_ptr(), target.dtype, target.shape, target.stride()
+
+
+def _check_tied(names: list[str], expert: Expert) -> None:
+    """The model has one tensor under several names: the expert's must be one, or equal bit for bit."""
+    first, *others = dict.fromkeys(map(expert.carrier, names))
+    for other in others:
+        if expert.spec(first).dtype != expert.spec(other).dtype or not _equal(
+            expert.tensor(first), expert.tensor(other)
+        ):
+            raise OptionError(
+                f"the model ties {first!r} and {other!r}, which differ in task {expert.task.entry.name!r}; "
+                "untie them first, as with config.tie_word_embeddings = False"
+            )
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.view(-1).view(torch.uint8), other.view(-1).view(torch.uint8))
+
+
+def _write(name: str, target: Tensor, expert: Expert) -> None:
+    if target.device.type == "cpu" and target.is_contiguous():
+        expert.read(name, 0, target.numel(), target.view(-1))
+    else:
+        target.copy_(expert.tensor(name, target.dtype))
+
+
+def _mismatch(expert: Expert, result: LoadResult) -> str:
+    parts = [
+        f"{whose} lacks {len(names)} of the other's tensors: {_listed(names)}"
+        for whose, names in (
+            (f"task {expert.task.entry.name!r}", result.missing_keys),
+            ("the model", result.unexpected_keys),
+        )
+        if names
+    ]
+    return f"{'; '.join(parts)}; give the model that the expert is of, or strict=False"
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(map(repr, names[:_SHOWN_NAMES])) + (", …" if len(names) > _SHOWN_NAMES else "")

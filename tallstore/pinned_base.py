@@ -1,0 +1,101 @@
+"""The base that experts are rebuilt on: opened when it is first needed, checked chunk by chunk as it is read."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import xxhash
+from torch import Tensor, uint8
+
+from tallstore.checkpoints import Checkpoint
+from tallstore.dtypes import CHUNK_NUMEL, TensorSpec, chunk_count, chunk_span
+from tallstore.errors import BaseMismatchError
+from tallstore.manifest import BaseTensor
+from tallstore.payloads import BaseTensors
+from tallstore.shards import Verify
+
+
+class PinnedBase:
+    """The tensors that base.json describes, from wherever the base is; several threads may use it."""
+
+    def __init__(self, tensors: BaseTensors, opener: Callable[[], Checkpoint], verify: Verify) -> None:
+        """Read nothing yet.
+
+        Args:
+            tensors: those of base.json.
+            opener: opens the checkpoint that has them.
+            verify: when chunks are compared with their hashes.
+        """
+        self._tensors, self._opener, self._verify = tensors, opener, verify
+        self._checkpoint: Checkpoint | None = None
+        self._names: frozenset[str] = frozenset()
+        self._found: dict[str, str] = {}
+        self._verified: dict[str, bytearray] = {}
+        self._nbytes_read = 0
+        self._lock = threading.Lock()
+
+    @property
+    def nbytes_read(self) -> int:
+        """Bytes of tensors that were read."""
+        return self._nbytes_read
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flat tensor *name*, which lie in one chunk; not to be written to.
+
+        Reads the whole chunk where it is to be verified, and those elements only where not.
+
+        Raises:
+            BaseMismatchError: BASE-1, the tensor is missing, or of another dtype or shape; BASE-2, its bytes differ.
+            InputError: the base cannot be opened.
+        """
+        tensor = self._tensors[name]
+        if tensor.alias_of is not None:
+            tensor = self._tensors[tensor.alias_of]
+        with self._lock:
+            checkpoint = self._open()
+            source = self._found.get(tensor.name) or self._find(checkpoint, tensor)
+            verified = self._verified.setdefault(source, bytearray(len(tensor.chunks)))
+        index = start // CHUNK_NUMEL
+        if self._verify == "never" or (self._verify == "first-read" and verified[index]):
+            return self._counted(checkpoint.read(source, start, stop))
+        first, last = chunk_span(TensorSpec(tensor.dtype, tensor.shape).numel, index)
+        chunk = self._counted(checkpoint.read(source, first, last))
+        if xxhash.xxh3_128_hexdigest(chunk.view(uint8).numpy().data) != tensor.chunks[index]:
+            more = f" (chunk {index} of {chunk_count(TensorSpec(tensor.dtype, tensor.shape).numel)})" if index else ""
+            raise BaseMismatchError("BASE-2", checkpoint.where, tensor.name, f"has other values{more}")
+        verified[index] = 1
+        return chunk[start - first : stop - first]
+
+    def close(self) -> None:
+        """Let go of the base's files; a later read opens them again."""
+        with self._lock:
+            if self._checkpoint is not None:
+                self._checkpoint.close()
+            self._checkpoint = None
+            self._found = {}
+            self._verified = {}
+
+    def _open(self) -> Checkpoint:
+        if self._checkpoint is None:
+            self._checkpoint = self._opener()
+            self._names = frozenset(self._checkpoint.names)
+        return self._checkpoint
+
+    def _find(self, checkpoint: Checkpoint, tensor: BaseTensor) -> str:
+        """The name of *tensor* in the checkpoint: its own, or a tied one: files keep one of several tied names."""
+        names = [tensor.name, *(other.name for other in self._tensors.values() if other.alias_of == tensor.name)]
+        name = next((name for name in names if name in self._names), None)
+        if name is None:
+            raise BaseMismatchError("BASE-1", checkpoint.where, tensor.name, "is missing")
+        spec = checkpoint.spec(name)
+        if (spec.dtype, spec.shape) != (tensor.dtype, tensor.shape):
+            problem = f"is {spec.dtype} {list(spec.shape)}, where {tensor.dtype} {list(tensor.shape)} is due"
+            raise BaseMismatchError("BASE-1", checkpoint.where, tensor.name, problem)
+        self._found[tensor.name] = name
+        return name
+
+    def _counted(self, read: Tensor) -> Tensor:
+        with self._lock:
+            self._nbytes_read += read.nbytes
+        return read

@@ -1,0 +1,154 @@
+"""The demo: its training half for real but short, the whole of it short, and the whole as people run it (slow)."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors import safe_open
+
+import tallstore
+from tallstore.demo import DemoReport, TaskScore, main, run_demo
+from tallstore.demo.digits import Task, load_digits, make_tasks
+from tallstore.demo.model import ModelConfig, VisionTransformer
+from tallstore.demo.training import Phase, Recipe, finetune, predict, pretrain
+
+TASKS = ["parity", "above-four", "rotated", "inverted", "permuted", "noisy"]
+SHORT = Recipe(pretraining=Phase(4, 2e-3), finetuning=Phase(2, 1e-3))
+
+
+@pytest.fixture(scope="module")
+def tasks() -> tuple[Task, tuple[Task, ...]]:
+    return make_tasks(load_digits(), torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DemoReport]:
+    out = tmp_path_factory.mktemp("demo")
+    return out, run_demo(out, recipe=SHORT)
+
+
+def test_six_tasks_share_one_split(tasks):
+    source, finetuning = tasks
+    assert [task.name for task in finetuning] == TASKS
+    assert len(source.train.labels) + len(source.test.labels) == 1797
+    for task in finetuning:
+        assert task.test.images.shape == source.test.images.shape
+        assert int(task.train.labels.max()) == task.num_labels - 1
+    named = dict(zip(TASKS, finetuning, strict=True))
+    assert torch.equal(named["parity"].test.labels, source.test.labels % 2)
+    assert torch.equal(named["inverted"].test.images, 1 - source.test.images)
+    assert not torch.equal(named["permuted"].test.labels, source.test.labels)
+
+
+def test_most_of_the_model_is_worth_a_mask():
+    sizes = [parameter.numel() for parameter in VisionTransformer(ModelConfig(10)).parameters()]
+    assert sum(size for size in sizes if size >= 4096) > 0.95 * sum(sizes)
+
+
+def test_training_repeats_itself_with_any_number_of_threads(tasks):
+    source, finetuning = tasks
+
+    def weights(threads: int) -> list[dict[str, torch.Tensor]]:
+        torch.set_num_threads(threads)
+        base = pretrain(source, SHORT, 7)
+        return [model.state_dict() for _, model in finetune(base, finetuning[:2], SHORT, 7)]
+
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    try:
+        alone, together = weights(1), weights(2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(torch.get_rng_state(), state)
+    for first, second in zip(alone, together, strict=True):
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_finetune_moves_every_tensor_and_learns(tasks):
+    source, (parity, *_) = tasks
+    base = pretrain(source, SHORT, 0)
+    ((task, expert),) = finetune(base, [parity], SHORT, 0)
+    assert task is parity
+    for name, weight in base.state_dict().items():
+        assert not torch.equal(weight, expert.state_dict()[name]), name
+    right = predict(expert, parity.test.images) == parity.test.labels
+    assert right.float().mean() > 0.6
+
+
+def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(tallstore.TallstoreError, match=r"needs scikit-learn: pip install 'tallstore\[demo\]'"):
+        load_digits()
+
+
+def test_every_expert_is_scored(demo):
+    _, report = demo
+    assert [score.name for score in report.scores] == TASKS
+    for score in report.scores:
+        assert score.agreement > 0.8
+        assert 0.5 < score.cosine < 1.0
+    assert report.ratio > 3
+    assert report.task_nbytes < report.base_nbytes / 10
+
+
+def test_the_bundle_stays_and_verifies(demo):
+    out, report = demo
+    assert report.bundle == out / "bundle"
+    assert tallstore.verify(report.bundle) == []
+    with tallstore.open_bundle(report.bundle) as bundle:
+        assert sorted(bundle.tasks) == sorted(TASKS)
+
+
+def test_checkpoints_are_in_hugging_face_layout(demo):
+    out, _ = demo
+    for name in ["base", *TASKS]:
+        folder = out / "checkpoints" / name
+        labels = json.loads((folder / "config.json").read_text())["num_labels"]
+        assert labels == (2 if name in {"parity", "above-four"} else 10)
+        with safe_open(folder / "model.safetensors", framework="pt") as weights:
+            assert weights.get_slice("head.weight").get_shape() == [labels, 96]
+
+
+def test_an_earlier_demo_is_written_over_and_anything_else_is_not(demo, tmp_path):
+    out, report = demo
+    again = run_demo(out, recipe=SHORT)
+    assert again.scores == report.scores
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(tallstore.TallstoreError, match="is there already"):
+        run_demo(tmp_path, recipe=SHORT)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("width", [50, 80, 200])
+def test_tables_read_well_at_any_width(width, tmp_path):
+    score = TaskScore("above-four", 0.9822, 0.98, 0.9956, 0.912)
+    report = DemoReport((score,) * 6, tmp_path, 1_200_000, 7_200_000, 1_700_000, 56_000, {})
+    console = Console(width=width, record=True)
+    console.print(report.scores_table(), report.sizes_table())
+    text = console.export_text()
+    assert "above-four" in text
+    assert "99.6%" in text
+    assert "0.912" in text
+    assert "56.0 kB, 1/21 of a checkpoint" in text
+    assert all(len(line) <= width for line in text.splitlines())
+
+
+@pytest.mark.slow
+def test_the_whole_demo_as_people_run_it(tmp_path):
+    console = Console(width=100, record=True)
+    out = tmp_path / "with a space"
+    report = main(out, console=console)
+    text = console.export_text()
+    for score in report.scores:
+        assert score.trained > 0.85
+        assert score.agreement > 0.95
+        assert abs(score.trained - score.bundled) < 0.03
+    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("  tallstore ")]
+    assert [command[1] for command in commands] == ["inspect", "verify", "export"]
+    assert all(command[2] == str(report.bundle) for command in commands)
