@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -62,7 +62,7 @@ class MergedDtype(str, Enum):
 class _Commands(TyperGroup):
     """All commands: what any of them raises becomes an exit code and one line."""
 
-    def invoke(self, ctx: typer.Context) -> object:
+    def invoke(self, ctx: Any) -> object:  # noqa: ANN401 - its type is where each version of typer has its click
         from tallstore import console  # noqa: PLC0415 - rich, which `--version` does without
 
         for stream in (sys.stdout, sys.stderr):
@@ -79,8 +79,10 @@ class _Commands(TyperGroup):
             except TallstoreError as error:
                 console.report_error(str(error))
                 raise typer.Exit(1) from None
-            except ImportError as error:
-                console.report_error(f"{error}; install tallstore with what it depends on: pip install tallstore")
+            except ModuleNotFoundError as error:
+                if (error.name or "").partition(".")[0] == "tallstore":
+                    raise
+                console.report_error(f"{error}; install it, or all of tallstore again: pip install tallstore")
                 raise typer.Exit(1) from None
             except BrokenPipeError:
                 raise
@@ -107,7 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         app(args=None if arguments is None else list(arguments), prog_name="tallstore")
     except SystemExit as stopped:
         return stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
-    except KeyboardInterrupt:  # before a command began
+    except KeyboardInterrupt:  # before the command began
+        sys.stderr.write("interrupted\n")
         return _INTERRUPTED
     return 0
 
@@ -135,27 +138,24 @@ _INPUTS, _FIT, _OUTPUT = "Inputs", "Method", "Output"
 
 
 @app.command(
-    epilog="Example: tallstore pack --base ./bert --expert spam=./bert-spam --expert movies=./bert-movies --out ./bundle"
+    epilog="Examples:\n\ntallstore pack --base ./bert --experts ./fine-tunes --out ./bundle\n\n"
+    "tallstore pack --base ./bert --expert spam=./bert-spam --expert film=./bert-film --out ./bundle --embed-base"
 )
 def pack(
+    *,
     base: Annotated[
         str,
         typer.Option(
             metavar="BASE",
-            help="What the experts were fine-tuned from: a Hugging Face directory, a .safetensors, .bin or .pt file, or a"
-            " Hub id.",
+            help="What the experts were fine-tuned from: a Hugging Face directory, a .safetensors, .bin or .pt file,"
+            " or a Hub id.",
             rich_help_panel=_INPUTS,
             show_default=False,
         ),
     ],
-    out: Annotated[
-        Path, typer.Option(metavar="DIR", help="The bundle.", rich_help_panel=_OUTPUT, show_default=False)
-    ],
     expert: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME=PATH", help="An expert by name; give one for each.", rich_help_panel=_INPUTS
-        ),
+        typer.Option(metavar="NAME=PATH", help="An expert by name; give one for each.", rich_help_panel=_INPUTS),
     ] = None,
     experts: Annotated[
         Path | None,
@@ -167,58 +167,6 @@ def pack(
             show_default=False,
         ),
     ] = None,
-    method: Annotated[
-        MethodName,
-        typer.Option(
-            help="signed-mask: own signs over a shared magnitude. tall-mask: a 0/1 mask over the sum of the task vectors."
-            " tall-mask-published: the same as in the paper.",
-            rich_help_panel=_FIT,
-        ),
-    ] = MethodName.SIGNED_MASK,
-    threshold: Annotated[
-        float | None,
-        typer.Option(
-            metavar="X",
-            help="signed-mask: larger is smaller and less true. [default: 1.2]",
-            rich_help_panel=_FIT,
-            show_default=False,
-        ),
-    ] = None,
-    mask_lambda: Annotated[
-        float | None,
-        typer.Option(
-            metavar="X",
-            help="tall-mask: larger gives thinner masks. [default: 1.0]",
-            rich_help_panel=_FIT,
-            show_default=False,
-        ),
-    ] = None,
-    merge: Annotated[
-        MergeName | None,
-        typer.Option(
-            help="tall-mask: how task vectors are merged. [default: sum]", rich_help_panel=_FIT, show_default=False
-        ),
-    ] = None,
-    gain: Annotated[
-        GainName | None,
-        typer.Option(
-            help="tall-mask: one keeps each expert's full step, published is 1. [default: one]",
-            rich_help_panel=_FIT,
-            show_default=False,
-        ),
-    ] = None,
-    merged_dtype: Annotated[
-        MergedDtype | None,
-        typer.Option(
-            help="How the shared vector is stored. [default: log4 for signed-mask, int8 for tall-mask]",
-            rich_help_panel=_FIT,
-            show_default=False,
-        ),
-    ] = None,
-    private: Annotated[
-        list[str] | None,
-        typer.Option(metavar="GLOB", help="Tensors to store whole, bit for bit.", rich_help_panel=_FIT),
-    ] = None,
     key_mapping: Annotated[
         list[str] | None,
         typer.Option(
@@ -227,6 +175,59 @@ def pack(
             rich_help_panel=_INPUTS,
         ),
     ] = None,
+    method: Annotated[
+        MethodName,
+        typer.Option(
+            metavar="METHOD",
+            help="signed-mask: own signs over a shared magnitude. tall-mask: a 0/1 mask over the sum of the task"
+            " vectors. tall-mask-published: the same as in the paper.",
+            rich_help_panel=_FIT,
+        ),
+    ] = MethodName.SIGNED_MASK,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="signed-mask: larger is smaller and less true.",
+            rich_help_panel=_FIT,
+            show_default="1.2",
+        ),
+    ] = None,
+    mask_lambda: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="tall-mask: larger gives thinner masks.",
+            rich_help_panel=_FIT,
+            show_default="1.0",
+        ),
+    ] = None,
+    merge: Annotated[
+        MergeName | None,
+        typer.Option(help="tall-mask: how task vectors are merged.", rich_help_panel=_FIT, show_default="sum"),
+    ] = None,
+    gain: Annotated[
+        GainName | None,
+        typer.Option(
+            help="tall-mask: one keeps each expert's full step, published is 1.",
+            rich_help_panel=_FIT,
+            show_default="one",
+        ),
+    ] = None,
+    merged_dtype: Annotated[
+        MergedDtype | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="How the shared vector is stored: log4 (signed-mask only), int8, float16, bfloat16 or float32.",
+            rich_help_panel=_FIT,
+            show_default="log4 for signed-mask, int8 for tall-mask",
+        ),
+    ] = None,
+    private: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Tensors to store whole, bit for bit.", rich_help_panel=_FIT),
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The bundle.", rich_help_panel=_OUTPUT, show_default=False)],
     embed_base: Annotated[
         bool, typer.Option("--embed-base", help="Put the base into the bundle.", rich_help_panel=_OUTPUT)
     ] = False,
@@ -245,9 +246,7 @@ def pack(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the bundle that is there.", rich_help_panel=_OUTPUT)
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the report as JSON.", rich_help_panel=_OUTPUT)
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.", rich_help_panel=_OUTPUT)] = False,
 ) -> None:
     """Pack fine-tunes of one base into a bundle."""
     named = _pairs(expert or (), "--expert", "NAME=PATH")
@@ -280,7 +279,7 @@ def pack(
     if as_json:
         _print_json(report.to_dict())
     else:
-        console.print_packed(report)
+        console.print_packed(report, embedded=embed_base)
 
 
 @app.command(epilog="Example: tallstore inspect ./bundle --task spam")
@@ -298,9 +297,12 @@ def inspect(
     if task is None:
         summary = inspecting.summarise(bundle)
         _print_json(summary.to_dict()) if as_json else console.print_bundle(summary)
-    else:
-        details = inspecting.detail(bundle, task)
-        _print_json(details.to_dict()) if as_json else console.print_task(details)
+        return
+
+    from tallstore.task_details import describe_task  # noqa: PLC0415 - numpy, which a summary does without
+
+    details = describe_task(bundle, task)
+    _print_json(details.to_dict()) if as_json else console.print_task(details)
 
 
 @app.command(epilog="Example: tallstore verify ./bundle")
@@ -310,9 +312,7 @@ def verify(bundle: BundleArgument, as_json: JsonOption = False) -> None:
 
     problems = tallstore.verify(bundle)
     if as_json:
-        _print_json(
-            [{"rule": found.rule, "where": found.where, "message": found.message} for found in problems]
-        )
+        _print_json([{"rule": found.rule, "where": found.where, "message": found.message} for found in problems])
     elif problems:
         console.print_problems(problems)
     else:

@@ -20,9 +20,10 @@ from rich.text import Text
 
 if TYPE_CHECKING:  # the commands that need them have them; an error or a help text needs none
     from tallstore.exporting import Exported
-    from tallstore.inspecting import BundleSummary, GroupSummary, Presence, TaskDetails, TaskSummary, TensorSummary
+    from tallstore.inspecting import BundleSummary, GroupSummary, Presence, TaskSummary
     from tallstore.packing import PackedTask, PackReport
     from tallstore.packing.group import StoredWhole
+    from tallstore.task_details import TaskDetails, TensorSummary
 
 _WIDTH_OF_A_PIPE = 200  # nothing is cut short where nobody looks at the lines' length
 _NARROWEST_NAME = 12
@@ -39,7 +40,10 @@ _OPTIONS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], str]], ...] = (
         re.compile(r'key_mapping=\{"(.*?)": "(.*?)"\}'),
         lambda found: f"--key-mapping '{found[1]}={found[2]}'".replace("\\\\", "\\"),
     ),
-    (re.compile(r"give it: open_bundle\(path, base=…\) takes a path, a state dict or a Hub id"), lambda _: "give --base"),
+    (
+        re.compile(r"give it: open_bundle\(path, base=…\) takes a path, a state dict or a Hub id"),
+        lambda _: "give --base",
+    ),
     (re.compile(r"\boverwrite=True"), lambda _: "--overwrite"),
     (re.compile(r"\bprivate="), lambda _: "--private"),
     (
@@ -67,7 +71,7 @@ def report_warning(message: str) -> None:
 
 def report_interrupt() -> None:
     """One line on stderr."""
-    _say_aside("interrupted", "bold red", "; nothing was written")
+    _say_aside("interrupted", "bold red", "")
 
 
 def _say_aside(label: str, style: str, message: str) -> None:
@@ -152,7 +156,9 @@ def _bundle_facts(summary: BundleSummary) -> list[tuple[str, str]]:
             whom += f" of {len(summary.tasks)}"
         if summary.base.embedded:
             whom += " and the base's"
-        facts.append(("ratio", f"{summary.ratio:.1f} times smaller than {whom} ({decimal(summary.checkpoints_nbytes)})"))
+        facts.append(
+            ("ratio", f"{summary.ratio:.1f} times smaller than {whom} ({decimal(summary.checkpoints_nbytes)})")
+        )
     return facts
 
 
@@ -221,7 +227,7 @@ def print_task(details: TaskDetails) -> None:
             _Column("dtype", [(tensor.dtype or _NOTHING).lower() for tensor in tensors], "text", droppable=2),
             _Column("shape", [_shape(tensor) for tensor in tensors], droppable=3),
             _Column("gain", [_significant(tensor.gain) for tensor in tensors], droppable=1),
-            _Column("size", [_NOTHING if tensor.nbytes is None else decimal(tensor.nbytes) for tensor in tensors]),
+            _Column("size", [_stored(tensor.nbytes) for tensor in tensors]),
         ],
     )
     if any(tensor.nbytes is None for tensor in tensors):
@@ -271,15 +277,15 @@ def _shape(tensor: TensorSummary) -> str:
 # --- pack, verify, export ---------------------------------------------------------------------------------------------
 
 
-def print_packed(report: PackReport) -> None:
-    """What was packed, and what was stored whole and why."""
+def print_packed(report: PackReport, *, embedded: bool) -> None:
+    """What was packed, and what was stored whole and why; *embedded*: whether the base is in the bundle."""
     console = output()
-    ratio = report.checkpoints_nbytes / max(1, report.bundle_nbytes)
+    before = report.checkpoints_nbytes + (report.base_nbytes if embedded else 0)
     verb = "would pack" if report.dry_run else "packed"
+    what = f"{len(report.tasks)} tasks{' and their base' if embedded else ''}"
     console.print(
-        f"{verb} {len(report.tasks)} tasks into {report.path} with {report.method}: "
-        f"{decimal(report.checkpoints_nbytes)} of checkpoints in {decimal(report.bundle_nbytes)}, "
-        f"{ratio:.1f} times smaller"
+        f"{verb} {what} into {report.path} with {report.method}: {decimal(before)} of checkpoints"
+        f" in {decimal(report.bundle_nbytes)}, {before / max(1, report.bundle_nbytes):.1f} times smaller"
     )
     tasks = report.tasks
     _print_table(
@@ -364,7 +370,9 @@ class _Column:
 
 def _print_table(console: Console, columns: Sequence[_Column]) -> None:
     shown = _fitting(columns, console.width)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, _GAP - 1, 0, 0), header_style="bold")
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, _GAP - 1, 0, 0), header_style="bold"
+    )
     for column in shown:
         is_number = column.holds == "number"
         table.add_column(
@@ -417,6 +425,12 @@ def _count(number: int) -> str:
 
 def _number(value: float | None, digits: int) -> str:
     return _NOTHING if value is None else f"{value:.{digits}f}"
+
+
+def _stored(nbytes: int | None) -> str:
+    if nbytes is None:
+        return "?"
+    return decimal(nbytes) if nbytes else _NOTHING
 
 
 def _significant(value: float | None) -> str:

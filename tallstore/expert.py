@@ -74,9 +74,9 @@ class Expert:
         """
         spec = self.spec(name)
         own_dtype = TORCH_DTYPES[spec.dtype]
-        whole = torch.empty(
-            spec.shape, dtype=dtype if dtype and own_dtype.is_floating_point else own_dtype, device="cpu"
-        )
+        if dtype is None or not own_dtype.is_floating_point:
+            dtype = own_dtype
+        whole = torch.empty(spec.shape, dtype=dtype, device="cpu")
         self.read(name, 0, spec.numel, whole.view(-1))
         return whole
 
@@ -112,9 +112,8 @@ class Expert:
         if destination.dtype != own_dtype:
             scratch = torch.empty(min(stop - start, CHUNK_NUMEL), dtype=own_dtype, device="cpu")
         for section in self._sections(name, start, stop):
-            for first, last in _chunked(
-                max(start, section.start) - section.start, min(stop, section.stop) - section.start
-            ):
+            low, high = max(start, section.start), min(stop, section.stop)
+            for first, last in _chunked(low - section.start, high - section.start):
                 place = section.start + first - start
                 piece = destination[place : place + last - first]
                 if scratch is None:

@@ -109,14 +109,14 @@ def export(
         task=task,
         path=target,
         tensors=len(specs),
-        nbytes=sum(file.size for file in (*weights.values(), *carried)),
+        nbytes=sum(file.size for file in weights.values()) + sum(file.size for file in carried),
         weights=tuple(weights),
         companions=tuple(file.name for file in carried),
     )
 
 
 def _may_be_carried(name: str) -> bool:
-    """Whether a companion file is plain data: a bundle from elsewhere brings no code, and no weights but the expert's."""
+    """Whether a companion file is plain data: a bundle from elsewhere brings no code, and no other weights."""
     if _is_companion_of_an_export(name):
         return True
     warnings.warn(f"left out the companion file {name!r}: it is none of {', '.join(sorted(SUFFIXES))}", stacklevel=3)

@@ -1,9 +1,16 @@
-"""What is in a bundle, read from its tables alone: sizes, methods, fidelity, kinds of tensors. Decodes nothing, needs no torch."""
+"""What is in a bundle, read from its tables alone: sizes, methods, fidelity, kinds of tensors.
+
+Nothing is decoded, and neither torch nor numpy is needed: importing them would take longer than the rest. The tables
+are parsed strictly and their hashes compared; whether they agree with each other is for `verify`.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
+import os
+import stat
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -11,28 +18,27 @@ from pathlib import Path
 from typing import Any
 
 from tallstore import layout
-from tallstore.bundle_files import BundleFiles, Task
 from tallstore.dtypes import TensorSpec
-from tallstore.errors import UnsupportedFeatureError
+from tallstore.errors import BundleNotFoundError, FormatError, IntegrityError, UnsupportedFeatureError
 from tallstore.manifest import (
-    AliasTensor,
-    BasedTensor,
-    CompanionFile,
-    DroppedTensor,
-    Estimate,
+    MAX_JSON_NBYTES,
+    BaseTable,
     ExtendedTensor,
     GroupEntry,
+    GroupTable,
     MaskTensor,
     SameCode,
     Scalar,
     SignedTensor,
+    Table,
     TaskEntry,
     TaskTable,
     Tensor,
     Whole,
+    is_newer_minor,
+    parse,
+    parse_manifest,
 )
-from tallstore.payloads import Shape, Stored, leading_shape, tensor_payloads
-from tallstore.shards import LocalFile, ShardReader
 
 _CODED_KINDS = frozenset({"mask", "signed"})
 _WHOLE_KIND = "private"
@@ -78,6 +84,11 @@ class GroupSummary:
     tasks: int
     nbytes: int
 
+    @property
+    def share_nbytes(self) -> float:
+        """One task's part of its files."""
+        return self.nbytes / max(1, self.tasks)
+
 
 @dataclass(frozen=True)
 class TaskSummary:
@@ -89,7 +100,7 @@ class TaskSummary:
         nbytes: its own files, companions not counted.
         cosine, gain: of the reconstruction, over what is coded; None where nothing is.
         fetched: whether its files are here. What stands below is None where they are not.
-        unreadable: the feature that this version lacks, in a sentence; None for a task that it reads.
+        unreadable: what this version lacks to read it, in a sentence; None for a task that it reads.
         checkpoint_nbytes: its tensors in a plain checkpoint.
         bits: a coded parameter costs, its share of the shared vectors included; None where nothing is coded.
         score: what the user's own evaluation gave when it was packed.
@@ -127,13 +138,13 @@ class TaskSummary:
 
     @property
     def other(self) -> int:
-        """Tensors that are tied, extended or dropped."""
+        """Tensors that are extended, tied or dropped."""
         return sum((self.kinds or {}).values()) - self.coded - self.same - self.whole
 
 
 @dataclass(frozen=True)
 class BundleSummary:
-    """A bundle. Sizes are those that the manifest lists, whether the files are here or not.
+    """A bundle. Sizes are those that the manifest lists, whether the files are here or not, and its own.
 
     Attributes:
         path: its directory.
@@ -194,65 +205,6 @@ class BundleSummary:
 
 
 @dataclass(frozen=True)
-class TensorSummary:
-    """One tensor of a task.
-
-    Attributes:
-        name, kind: as in task.json.
-        dtype, shape: of the expert's tensor; None for one that the expert does not have.
-        base: the base tensor that it is rebuilt on; None where there is none.
-        tied_to: the tensor that it is an alias of.
-        rows: leading rows that are rebuilt on the base, of a tensor that was extended.
-        gain: of its code; None where it has none, or one a row.
-        nbytes: its payloads in the task's files, padding included; None where those are not here.
-    """
-
-    name: str
-    kind: str
-    dtype: str | None
-    shape: Shape | None
-    base: str | None
-    tied_to: str | None
-    rows: int | None
-    gain: float | None
-    nbytes: int | None
-
-
-@dataclass(frozen=True)
-class TaskDetails:
-    """One task, tensor by tensor.
-
-    Attributes:
-        path: the bundle's directory.
-        task: what the bundle's summary says of it.
-        method: its group's.
-        tensors: in the order of its table.
-        files: its companions.
-        estimates: what other fits would reach, by name.
-    """
-
-    path: Path
-    task: TaskSummary
-    method: str
-    tensors: tuple[TensorSummary, ...]
-    files: tuple[CompanionFile, ...]
-    estimates: Mapping[str, Estimate]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The details as plain JSON types."""
-        return {
-            "path": str(self.path),
-            "task": asdict(self.task),
-            "method": self.method,
-            "tensors": [asdict(tensor) for tensor in self.tensors],
-            "files": [{"name": file.name, "sha256": file.sha256, "size": file.size} for file in self.files],
-            "estimates": {
-                name: {"cosine": estimate.cosine, "bits": estimate.bits} for name, estimate in self.estimates.items()
-            },
-        }
-
-
-@dataclass(frozen=True)
 class Presence:
     """Which of a bundle's files are here.
 
@@ -268,58 +220,28 @@ class Presence:
 
 
 def summarise(path: Path) -> BundleSummary:
-    """Sum up the bundle at *path*: reads and checks its tables, opens no shard.
+    """Sum up the bundle at *path*: reads its tables, opens no shard.
 
     A task whose files are not here, or that needs a newer version, does not hide the others.
 
     Raises:
         BundleNotFoundError: there is no bundle at *path*.
-        FormatError: a table is damaged or breaks a rule.
+        FormatError: a table is damaged, or breaks a rule.
     """
-    files = BundleFiles(path)
-    sizes = _Sizes(files)
-    members = Counter(task.group for task in files.manifest.tasks)
-    here = {task.group for task in files.manifest.tasks if files.is_fetched(task.name)}
-    groups = tuple(
-        _summarise_group(files, group, members[group.id], sizes, fetched=group.id in here)
-        for group in files.manifest.groups
-    )
-    share = {group.id: group.nbytes / max(1, group.tasks) for group in groups}
+    tables = Tables(path)
+    manifest = tables.manifest
+    here = {task.group for task in manifest.tasks if tables.is_fetched(task)}
+    groups = {group.id: _summarise_group(tables, group, fetched=group.id in here) for group in manifest.groups}
     return BundleSummary(
         path=path,
-        format_version=files.manifest.format_version,
-        generator=files.manifest.generator,
-        base=_summarise_base(files),
-        groups=groups,
-        tasks=tuple(_summarise_task(files, task, sizes, share[task.group]) for task in files.manifest.tasks),
-        nbytes=sum(file.size for file in files.manifest.files),
-        base_nbytes=sizes.of(layout.BASE_DIRECTORY) + files.files[layout.BASE_TABLE].size,
-        companions_nbytes=sum(file.size for file in files.manifest.files if file.path.startswith(_COMPANIONS)),
-    )
-
-
-def detail(path: Path, name: str) -> TaskDetails:
-    """What one task of the bundle at *path* is made of: reads its tables, and the headers and indexes of its shards.
-
-    Raises:
-        BundleNotFoundError: there is no bundle at *path*.
-        UnknownTaskError: it has no task of that name.
-        NotFetchedError: the task's table is not here.
-        FormatError: a table or a shard's header is damaged or breaks a rule.
-    """
-    files = BundleFiles(path)
-    task = files.task(name)
-    sizes = _Sizes(files)
-    members = sum(entry.group == task.entry.group for entry in files.manifest.tasks)
-    share = sizes.of(layout.group_directory(task.entry.group)) / members
-    stored = _stored_nbytes(files, task)
-    return TaskDetails(
-        path=path,
-        task=_summarise_task(files, task.entry, sizes, share),
-        method=next(group.method.name for group in files.manifest.groups if group.id == task.entry.group),
-        tensors=tuple(_summarise_tensor(tensor, stored) for tensor in task.table.tensors),
-        files=task.table.files,
-        estimates=task.table.fidelity.estimates,
+        format_version=manifest.format_version,
+        generator=manifest.generator,
+        base=_summarise_base(tables),
+        groups=tuple(groups.values()),
+        tasks=tuple(_find_task(tables, task, groups) for task in manifest.tasks),
+        nbytes=tables.manifest_nbytes + sum(file.size for file in manifest.files),
+        base_nbytes=tables.nbytes(layout.BASE_DIRECTORY) + tables.nbytes("", [layout.BASE_TABLE]),
+        companions_nbytes=sum(file.size for file in manifest.files if file.path.startswith(_COMPANIONS)),
     )
 
 
@@ -330,33 +252,82 @@ def presence(path: Path) -> Presence:
         BundleNotFoundError: there is no bundle at *path*.
         FormatError: its manifest breaks a rule.
     """
-    files = BundleFiles(path)
-    here = [file.size for file in files.manifest.files if (path / file.path).is_file()]
+    tables = Tables(path)
+    here = [file.size for file in tables.manifest.files if _is_regular(path / file.path)]
     return Presence(
         files=1 + len(here),
-        nbytes=(path / layout.MANIFEST).stat().st_size + sum(here),
-        not_fetched=tuple(task.name for task in files.manifest.tasks if not files.is_fetched(task.name)),
+        nbytes=tables.manifest_nbytes + sum(here),
+        not_fetched=tuple(task.name for task in tables.manifest.tasks if not tables.is_fetched(task)),
     )
 
 
-class _Sizes:
-    """Bytes of the listed files, by the directory that they are in."""
+class Tables:
+    """The tables of a bundle, each parsed when it is asked for, and the sizes of its files.
 
-    def __init__(self, files: BundleFiles) -> None:
-        self._by_directory: dict[str, dict[str, int]] = defaultdict(dict)
-        for file in files.manifest.files:
+    Attributes:
+        manifest: tallstore.json.
+        manifest_nbytes: its size.
+    """
+
+    def __init__(self, root: Path) -> None:
+        """Read the manifest.
+
+        Raises:
+            BundleNotFoundError: there is none.
+            FormatError: it is damaged, or breaks a rule.
+        """
+        self._root = root
+        try:
+            raw = layout.read_bounded(root, layout.MANIFEST, MAX_JSON_NBYTES)
+        except (FileNotFoundError, NotADirectoryError):
+            raise BundleNotFoundError(f"{root}: there is no bundle (no {layout.MANIFEST}); check the path") from None
+        self.manifest = parse_manifest(raw, layout.MANIFEST)
+        self.manifest_nbytes = len(raw)
+        self._files = {file.path: file for file in self.manifest.files}
+        self._sizes: dict[str, dict[str, int]] = defaultdict(dict)
+        for file in self.manifest.files:
             directory, _, name = file.path.rpartition("/")
-            self._by_directory[directory][name] = file.size
+            self._sizes[directory][name] = file.size
 
-    def of(self, directory: str, names: Iterable[str] | None = None) -> int:
-        """Bytes of a directory's files, or of those with *names*."""
-        found = self._by_directory.get(directory, {})
-        return sum(found.values() if names is None else (found[name] for name in names))
+    def read(self, path: str, table: type[Table]) -> Table:
+        """Read another table.
+
+        Raises:
+            FormatError: it is not listed or not here, damaged, or breaks a rule.
+        """
+        listed = self._files.get(path)
+        if listed is None:
+            raise FormatError("MAN-5", layout.MANIFEST, f"{path} is not among the files that the manifest lists")
+        try:
+            raw = layout.read_bounded(self._root, path, MAX_JSON_NBYTES)
+        except FileNotFoundError:
+            raise FormatError("FILE-4", path, f"is missing from {self._root}; fetch the bundle again") from None
+        if hashlib.sha256(raw).hexdigest() != listed.sha256:
+            raise IntegrityError("FILE-2", path, "changed since it was written; fetch the file again")
+        return parse(raw, table, path, newer_minor=is_newer_minor(self.manifest))
+
+    def nbytes(self, directory: str, names: Iterable[str] | None = None) -> int:
+        """Bytes of a directory's listed files, or of those of them with *names*."""
+        sizes = self._sizes.get(directory, {})
+        return sum(sizes.values()) if names is None else sum(sizes.get(name, 0) for name in names)
+
+    def is_fetched(self, task: TaskEntry) -> bool:
+        """Whether all files of a task are here."""
+        directory = layout.task_directory(task.slug)
+        return all(_is_regular(self._root / directory / name) for name in self._sizes.get(directory, ()))
 
 
-def _summarise_base(files: BundleFiles) -> BaseSummary:
-    specs = [TensorSpec(tensor.dtype, tensor.shape) for tensor in files.base.values() if tensor.alias_of is None]
-    pin = files.manifest.base
+def _is_regular(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def _summarise_base(tables: Tables) -> BaseSummary:
+    table = tables.read(layout.BASE_TABLE, BaseTable)
+    specs = [TensorSpec(tensor.dtype, tensor.shape) for tensor in table.tensors if tensor.alias_of is None]
+    pin = tables.manifest.base
     return BaseSummary(
         repo_id=pin.repo_id,
         revision=pin.revision,
@@ -367,55 +338,81 @@ def _summarise_base(files: BundleFiles) -> BaseSummary:
     )
 
 
-def _summarise_group(
-    files: BundleFiles, entry: GroupEntry, tasks: int, sizes: _Sizes, *, fetched: bool
-) -> GroupSummary:
+def _summarise_group(tables: Tables, entry: GroupEntry, *, fetched: bool) -> GroupSummary:
     merged_dtypes = None
     if fetched:
         with contextlib.suppress(UnsupportedFeatureError):
-            merged_dtypes = tuple(sorted({vector.dtype for vector in files.group(entry.id).vectors.values()}))
+            vectors = tables.read(layout.group_table(entry.id), GroupTable).vectors
+            merged_dtypes = tuple(sorted({vector.dtype for vector in vectors}))
     return GroupSummary(
         id=entry.id,
         method=entry.method.name,
         parameters=entry.method.parameters,
         merged_dtypes=merged_dtypes,
-        tasks=tasks,
-        nbytes=sizes.of(layout.group_directory(entry.id)),
+        tasks=sum(task.group == entry.id for task in tables.manifest.tasks),
+        nbytes=tables.nbytes(layout.group_directory(entry.id)),
     )
 
 
-def _summarise_task(files: BundleFiles, entry: TaskEntry, sizes: _Sizes, share: float) -> TaskSummary:
-    """Sum up one task; *share* is its part of its group's files."""
+def _find_task(tables: Tables, entry: TaskEntry, groups: Mapping[str, GroupSummary]) -> TaskSummary:
+    table, unreadable = None, None
+    fetched = tables.is_fetched(entry)
+    if fetched:
+        try:
+            table = tables.read(layout.task_table(entry.slug), TaskTable)
+        except UnsupportedFeatureError as error:
+            unreadable = str(error)
+    share = groups[entry.group].share_nbytes if entry.group in groups else 0.0
+    return summarise_task(tables, entry, table, share, fetched=fetched, unreadable=unreadable)
+
+
+def summarise_task(
+    tables: Tables,
+    entry: TaskEntry,
+    table: TaskTable | None,
+    share: float,
+    *,
+    fetched: bool,
+    unreadable: str | None = None,
+) -> TaskSummary:
+    """Sum up one task.
+
+    Args:
+        tables: of the bundle.
+        entry: the manifest's for the task.
+        table: its task.json; None where it is not here, or cannot be read.
+        share: bytes of the group's files that this task answers for.
+        fetched: whether its files are here.
+        unreadable: why its table cannot be read.
+    """
     directory = layout.task_directory(entry.slug)
     known: dict[str, Any] = {
         "name": entry.name,
         "slug": entry.slug,
         "group": entry.group,
         "parameters": entry.parameters,
-        "nbytes": sizes.of(directory),
+        "nbytes": tables.nbytes(directory),
         "cosine": entry.cosine,
         "gain": entry.gain,
-        "fetched": files.is_fetched(entry.name),
+        "fetched": fetched,
+        "unreadable": unreadable,
     }
-    if not known["fetched"]:
+    if table is None:
         return TaskSummary(**known)
-    try:
-        table = files.task(entry.name).table
-    except UnsupportedFeatureError as error:
-        return TaskSummary(**known, unreadable=str(error))
     coded_numel = sum(map(_coded_numel, table.tensors))
     # Codes and whole tensors are in shards of their own.
-    coded_nbytes = sizes.of(directory, {shard.file for shard in table.shards if shard.file.startswith("mask-")})
+    coded_nbytes = tables.nbytes(directory, {shard.file for shard in table.shards if shard.file.startswith("mask-")})
     return TaskSummary(
         **known,
         checkpoint_nbytes=_checkpoint_nbytes(table),
         bits=8 * (coded_nbytes + share) / coded_numel if coded_numel else None,
         score=table.fidelity.score,
-        kinds=dict(sorted(Counter(map(_kind, table.tensors)).items())),
+        kinds=dict(sorted(Counter(map(kind_of, table.tensors)).items())),
     )
 
 
-def _kind(tensor: Tensor) -> str:
+def kind_of(tensor: Tensor) -> str:
+    """The tensor's kind, as task.json names it."""
     return str(tensor.__struct_config__.tag)
 
 
@@ -428,50 +425,6 @@ def _coded_numel(tensor: Tensor) -> int:
         case MaskTensor() | SignedTensor():
             return math.prod(tensor.shape)
         case ExtendedTensor() if not isinstance(tensor.leading, SameCode):
-            return math.prod(leading_shape(tensor))
+            return tensor.rows * math.prod(tensor.shape[1:])
         case _:
             return 0
-
-
-def _summarise_tensor(tensor: Tensor, stored: Mapping[str, int | None]) -> TensorSummary:
-    code = tensor.leading if isinstance(tensor, ExtendedTensor) else tensor
-    return TensorSummary(
-        name=tensor.name,
-        kind=_kind(tensor),
-        dtype=tensor.dtype if isinstance(tensor, Whole) else None,
-        shape=tensor.shape if isinstance(tensor, Whole) else None,
-        base=tensor.base_name if isinstance(tensor, BasedTensor) else None,
-        tied_to=tensor.of if isinstance(tensor, AliasTensor) else None,
-        rows=tensor.rows if isinstance(tensor, ExtendedTensor) else None,
-        gain=getattr(code, "gain", None),
-        nbytes=0 if isinstance(tensor, AliasTensor | DroppedTensor) else stored[tensor.name],
-    )
-
-
-def _stored_nbytes(files: BundleFiles, task: Task) -> dict[str, int | None]:
-    """Bytes of each tensor's payloads in the task's shards; None where one of its shards is not here."""
-    headers: list[Mapping[str, int] | None] = []
-    for shard in task.shards:
-        path = f"{task.directory}/{shard.file}"
-        try:
-            file = LocalFile(layout.resolve(files.root, path), path)
-        except FileNotFoundError:
-            headers.append(None)
-            continue
-        try:
-            header = ShardReader(file, shard).header
-        finally:
-            file.close()
-        headers.append({key: entry.stop - entry.start for key, entry in header.tensors.items()})
-    found: dict[str, int | None] = {}
-    for tensor in task.table.tensors:
-        sizes = [_payload_nbytes(stored, headers[stored.payload.shard]) for stored in tensor_payloads(tensor)]
-        known = [size for size in sizes if size is not None]
-        found[tensor.name] = sum(known) if len(known) == len(sizes) else None
-    return found
-
-
-def _payload_nbytes(stored: Stored, header: Mapping[str, int] | None) -> int | None:
-    if stored.payload.codec == "pooled":
-        return stored.encoding.nbytes(stored.numel)  # before the pool as a whole is compressed
-    return None if header is None else header.get(stored.key)

@@ -142,7 +142,7 @@ def read_bounded(root: Path, path: str, limit: int, *, rule: str = "JSON-4") -> 
         FileNotFoundError: there is nothing at *path*.
     """
     with resolve(root, path).open("rb") as file:
-        raw = file.read(limit + 1)
+        raw = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
     if len(raw) > limit:
         raise FormatError(rule, path, f"is over the limit of {limit} bytes")
     return raw

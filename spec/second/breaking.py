@@ -204,6 +204,17 @@ def listed(path: str, *, size: int = 3, sha256: str = FALSE_SHA256) -> Change:
     return lambda draft: draft.listing.append(edit)
 
 
+def present(path: str, content: bytes) -> Change:
+    """Add a file, and list it."""
+    return lambda draft: draft.others.update({path: content})
+
+
+def misname_companion(draft: Draft) -> None:
+    """Store the companion under a name that is not its sha256, wherever it is named."""
+    draft.others[f"files/{'e' * 64}"] = draft.others.pop(COMPANION_PATH)
+    draft.documents[TASK_JSON]["files"][0]["sha256"] = "e" * 64
+
+
 def setup(**steps: object) -> Change:
     """What the test does to its copy of the bundle."""
     return lambda draft: draft.setup.update(steps)
@@ -397,6 +408,22 @@ def base_file(edit: Callable[[dict[str, Array]], None]) -> Change:
         draft.others["base/model.safetensors"] = safetensors(tensors)
 
     return change
+
+
+def base_bytes(edit: Callable[[bytes], bytes]) -> Change:
+    """Alter the embedded base's file, before it is hashed."""
+    path = "base/model.safetensors"
+    return lambda draft: draft.others.update({path: edit(draft.others[path])})
+
+
+def base_name(name: str) -> Change:
+    """Give the embedded base's file another name."""
+    return lambda draft: draft.others.update({f"base/{name}": draft.others.pop("base/model.safetensors")})
+
+
+def base_copy(name: str) -> Change:
+    """Add a copy of the embedded base's file."""
+    return lambda draft: draft.others.update({f"base/{name}": draft.others["base/model.safetensors"]})
 
 
 def by_reference(draft: Draft) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from functools import partial
 
@@ -20,7 +21,11 @@ from second.breaking import (
     again,
     anywhere,
     assign,
+    base_bytes,
+    base_copy,
     base_file,
+    base_name,
+    by_reference,
     drop_w,
     entry,
     extra,
@@ -36,10 +41,12 @@ from second.breaking import (
     listed,
     load,
     mask_row,
+    misname_companion,
     negate_w,
     numbers,
     other_base,
     parameters,
+    present,
     private_row,
     put,
     recast_w,
@@ -68,7 +75,7 @@ from second.bundles import MANIFEST
 from second.content import codes, singles
 from second.elements import Json, pack
 from second.frames import frame
-from second.shards import ALIGNMENT, FORMAT_VERSION, Payload, Record
+from second.shards import ALIGNMENT, FORMAT_VERSION, Payload, Record, compact
 
 manifest, base_table, group_table, task_table = (
     partial(put, path) for path in (MANIFEST, BASE_JSON, GROUP_JSON, TASK_JSON)
@@ -159,6 +166,11 @@ MANIFESTS = {
     "man-2-shard": load("a shard twice", again(TASK_JSON, "shards", 0)),
     "man-3-group": anywhere("a task of no group", unfetched_task(group="g0002")),
     "man-3-file": verify("a file of no task", listed("tasks/other/task.json")),
+    "man-3-shard": verify("a shard that no table names", present(MERGED_SHARD.replace("-00001-", "-00002-"), b"\0")),
+    "man-3-companion": verify(
+        "a companion that no task names", present(f"files/{hashlib.sha256(b'x').hexdigest()}", b"x")
+    ),
+    "man-3-base": verify("a file of a base that is not embedded", present("base/config.json", b"{}\n"), by_reference),
     "man-4-name": load("another name", task_table("name", value="svhn")),
     "man-4-slug": load("another slug", task_table("slug", value="svhn")),
     "man-4-group": load("another group", task_table("group", value="g0002")),
@@ -236,7 +248,7 @@ FILES = {
     "file-2-companion": verify(
         "one bit of a companion", late(lambda files: files.update({COMPANION_PATH: b'{"labels": 11}\n'}))
     ),
-    "file-2-name": anywhere("a companion is not named after its sha256", listed(f"files/{'e' * 64}")),
+    "file-2-name": anywhere("a companion is not named after its sha256", misname_companion),
     "file-3-foreign": verify("a file that is not listed", late(lambda files: files.update({"notes.txt": b"x\n"}))),
     "file-3-left-over": verify(
         "an old shard that is not listed",
@@ -272,6 +284,8 @@ SHARDS = {
     "st-2-trailing": load("a byte too many", shard(MASK_SHARD, file_edit(lambda content: content + b"\0"))),
     "st-2-hole": load("a hole", shard(MASK_SHARD, add_entry(None, bytes(64)))),
     "st-2-overlap": load("an overlap", entry(MASK_SHARD, "fields/v", data_offsets=[0, 64])),
+    "st-1-base": verify("the embedded base's header is not JSON", base_bytes(lambda old: old.replace(b":", b"=", 1))),
+    "st-2-base": verify("the embedded base is truncated", base_bytes(lambda old: old[:-1])),
     "st-3-dtype": load("I8 for U8", entry(MASK_SHARD, "bits/w", dtype="I8")),
     "st-3-dimensions": load("two dimensions", entry(MASK_SHARD, "bits/w", shape=[8, 8])),
     "st-3-header": load(
@@ -463,6 +477,13 @@ TABLES = {
 }
 
 
+WEIGHT_MAP: Json = {
+    "metadata": {},
+    "weight_map": {
+        name: f"model-0000{2 if name == 'w' else 1}-of-00002.safetensors"
+        for name in ("w", "v", "u", "e", "ids", "gone")
+    },
+}
 ALIAS: Json = {"dtype": "F32", "shape": [7, 5], "chunks": []}
 BASES = {
     "base-1-missing": load("w is missing", base_file(drop_w)),
@@ -484,6 +505,21 @@ BASES = {
     "base-3-chunks": load(
         "an alias with hashes",
         base_table("tensors", -1, value=ALIAS | {"name": "t", "alias_of": "w", "chunks": ["f" * 32]}),
+    ),
+    "base-4-index": verify(
+        "an index that places a tensor in a file that is not there",
+        lambda draft: draft.others.update({"base/model.safetensors.index.json": compact(WEIGHT_MAP)}),
+        base_name("model-00001-of-00002.safetensors"),
+    ),
+    "base-4-twice": verify(
+        "a tensor in two files of the index",
+        base_copy("model-00002-of-00002.safetensors"),
+        base_name("model-00001-of-00002.safetensors"),
+        lambda draft: draft.others.update({"base/model.safetensors.index.json": compact(WEIGHT_MAP)}),
+    ),
+    "base-4-name": verify(
+        "no file of a name that a reader looks for",
+        base_name("weights.safetensors"),
     ),
     "base-2-fewer": load("no hash of w", base_table("tensors", "w", "chunks", value=[])),
     "base-2-more": load("two hashes of one chunk", base_table("tensors", "w", "chunks", value=["f" * 32] * 2)),

@@ -460,7 +460,8 @@ def two_groups() -> Valid:
     one, other = Task(first, "one"), Task(second, "other")
     for name in base.tensors:
         one.signed(name, sides(name, base.tensor(name)))
-    other.mask("a", codes("other", 35, 0, 2))
+    other.mask("a", codes("other", 35, 0, 2), gain=1)  # in JSON, 1 is 1.0
+    other.fidelity["gain"] = 1
     other.same("b")
     other.same("c")
     return Valid(assemble(base, [first, second], [one, other]), "MAN-3 MAN-4")

@@ -46,14 +46,14 @@ class TaskScore:
         trained: accuracy of the checkpoint.
         bundled: accuracy of the expert from the bundle.
         agreement: share of the images for which both say the same.
-        cosine: between the task vector (checkpoint - base) and what the bundle holds of it.
+        cosine: between the task vector (checkpoint - base) and what the bundle holds of it, as its manifest says.
     """
 
     name: str
     trained: float
     bundled: float
     agreement: float
-    cosine: float
+    cosine: float | None
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class DemoReport:
             table.add_column(heading, justify="right", min_width=6)
         for score in self.scores:
             shares = (f"{share:.1%}" for share in (score.trained, score.bundled, score.agreement))
-            table.add_row(score.name, *shares, f"{score.cosine:.3f}")
+            table.add_row(score.name, *shares, "-" if score.cosine is None else f"{score.cosine:.3f}")
         return table
 
     def sizes_table(self) -> Table:
@@ -151,8 +151,10 @@ def run_demo(
     say(f"packed {len(tasks)} experts and their base in {clock.seconds['packing']:.1f} s")
 
     with open_bundle(bundle_path) as bundle:
-        scores = tuple(_score(task, base, experts[task.name], bundle.state_dict(task.name)) for task in tasks)
-        slugs = [task.slug for task in bundle.manifest.tasks]
+        entries = {entry.name: entry for entry in bundle.manifest.tasks}
+        scores = tuple(
+            _score(task, experts[task.name], bundle.state_dict(task.name), entries[task.name].cosine) for task in tasks
+        )
     clock.lap("loading")
 
     return DemoReport(
@@ -161,17 +163,24 @@ def run_demo(
         base_nbytes=_nbytes(checkpoints / "base"),
         experts_nbytes=sum(_nbytes(path) for path in paths.values()),
         bundle_nbytes=_nbytes(bundle_path),
-        task_nbytes=sum(_nbytes(bundle_path / "tasks" / slug) for slug in slugs) // len(slugs),
+        task_nbytes=_nbytes(bundle_path / "tasks") // len(tasks),
         seconds=clock.seconds,
     )
 
 
-def main(out: Path, *, seed: int = 0, console: Console | None = None) -> DemoReport:
-    """Run the demo, print how it went, and say what to try next; arguments and errors as of `run_demo`."""
-    console = console or Console()
-    with console.status("training a small vision transformer on digits, and six fine-tunes of it …"):
-        report = run_demo(out, seed=seed, say=lambda line: console.print(line, style="dim", highlight=False))
-    console.print()
+def main(out: Path, *, seed: int = 0, console: Console | None = None, progress: Console | None = None) -> DemoReport:
+    """Run the demo, print how it went, and say what to try next.
+
+    Args:
+        out: as of `run_demo`, and so are the errors.
+        seed: as of `run_demo`.
+        console: where results go; standard output, unless given.
+        progress: where lines go that say what is done so far; standard error, unless given.
+    """
+    console, progress = console or Console(), progress or Console(stderr=True)
+    with progress.status("training a small vision transformer on digits, and six fine-tunes of it …"):
+        report = run_demo(out, seed=seed, say=lambda line: progress.print(line, style="dim", highlight=False))
+    progress.print()
     console.print(report.scores_table())
     console.print(report.sizes_table())
     bundle, name = shlex.quote(str(report.bundle)), report.scores[0].name
@@ -217,7 +226,7 @@ def _save(model: VisionTransformer, folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(safetensors.torch.save(model.state_dict(), {"format": "pt"}))
 
 
-def _score(task: Task, base: VisionTransformer, trained: VisionTransformer, weights: dict[str, Tensor]) -> TaskScore:
+def _score(task: Task, trained: VisionTransformer, weights: dict[str, Tensor], cosine: float | None) -> TaskScore:
     bundled = VisionTransformer(ModelConfig(task.num_labels))
     bundled.load_state_dict(weights)
     expected, found = predict(trained, task.test.images), predict(bundled, task.test.images)
@@ -226,22 +235,12 @@ def _score(task: Task, base: VisionTransformer, trained: VisionTransformer, weig
         trained=_accuracy(expected, task),
         bundled=_accuracy(found, task),
         agreement=(expected == found).double().mean().item(),
-        cosine=_cosine(base.state_dict(), trained.state_dict(), weights),
+        cosine=cosine,
     )
 
 
 def _accuracy(predictions: Tensor, task: Task) -> float:
     return (predictions == task.test.labels).double().mean().item()
-
-
-def _cosine(base: Mapping[str, Tensor], trained: Mapping[str, Tensor], bundled: Mapping[str, Tensor]) -> float:
-    """Cosine between trained - base and bundled - base, over the tensors that the base has in the same shape."""
-    common = [name for name, weight in base.items() if trained[name].shape == weight.shape]
-
-    def direction(weights: Mapping[str, Tensor]) -> Tensor:
-        return torch.cat([(weights[name].double() - base[name].double()).flatten() for name in common])
-
-    return torch.cosine_similarity(direction(trained), direction(bundled), dim=0).item()
 
 
 def _nbytes(folder: Path) -> int:

@@ -1,0 +1,35 @@
+"""How checks go on behind a problem: what cannot be read is one, and the next thing is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from typing import TypeVar
+
+from tallstore.errors import FormatError
+
+Problems = Iterator[FormatError]
+Result = TypeVar("Result")
+
+
+def attempt(where: str, action: Callable[[], Result]) -> Generator[FormatError, None, Result | None]:
+    """Do *action*; where it is refused, yield the reason, and go on. To be driven by ``yield from``.
+
+    Args:
+        where: the file, for a system that cannot read it (FILE-4).
+        action: raises FormatError or OSError.
+
+    Returns:
+        what *action* returned; None where it was refused.
+    """
+    try:
+        return action()
+    except FormatError as error:
+        yield error
+    except OSError as error:
+        yield unreadable(where, error)
+    return None
+
+
+def unreadable(where: str, error: OSError) -> FormatError:
+    """The problem that the system cannot read a file (FILE-4)."""
+    return FormatError("FILE-4", where, f"cannot be read ({error.strerror})")

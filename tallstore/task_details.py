@@ -1,0 +1,157 @@
+"""What one task of a bundle is made of, tensor by tensor. Decodes nothing, needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tallstore import layout
+from tallstore.bundle_files import BundleFiles, Task
+from tallstore.inspecting import Tables, TaskSummary, kind_of, summarise_task
+from tallstore.manifest import (
+    AliasTensor,
+    BasedTensor,
+    CompanionFile,
+    Estimate,
+    ExtendedTensor,
+    Tensor,
+    Whole,
+)
+from tallstore.payloads import Shape, Stored, tensor_payloads
+from tallstore.shards import LocalFile, ShardReader
+
+
+@dataclass(frozen=True)
+class TensorSummary:
+    """One tensor of a task.
+
+    Attributes:
+        name, kind: as in task.json.
+        dtype, shape: of the expert's tensor; None for one that is tied to another, or that the expert does not have.
+        base: the base tensor that it is rebuilt on; None where there is none.
+        tied_to: the tensor that it is an alias of.
+        rows: leading rows that are rebuilt on the base, of a tensor that was extended.
+        gain: of its code; None where it has none, or one a row.
+        nbytes: its payloads in the task's files, padding included; None where those are not here.
+    """
+
+    name: str
+    kind: str
+    dtype: str | None
+    shape: Shape | None
+    base: str | None
+    tied_to: str | None
+    rows: int | None
+    gain: float | None
+    nbytes: int | None
+
+
+@dataclass(frozen=True)
+class TaskDetails:
+    """One task, tensor by tensor.
+
+    Attributes:
+        path: the bundle's directory.
+        task: what the bundle's summary says of it.
+        method: its group's.
+        tensors: in the order of its table.
+        files: its companions.
+        estimates: what other fits would reach, by name.
+    """
+
+    path: Path
+    task: TaskSummary
+    method: str
+    tensors: tuple[TensorSummary, ...]
+    files: tuple[CompanionFile, ...]
+    estimates: Mapping[str, Estimate]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The details as plain JSON types."""
+        return {
+            "path": str(self.path),
+            "task": asdict(self.task),
+            "method": self.method,
+            "tensors": [asdict(tensor) for tensor in self.tensors],
+            "files": [{"name": file.name, "sha256": file.sha256, "size": file.size} for file in self.files],
+            "estimates": {
+                name: {"cosine": estimate.cosine, "bits": estimate.bits} for name, estimate in self.estimates.items()
+            },
+        }
+
+
+def describe_task(path: Path, name: str) -> TaskDetails:
+    """What one task of the bundle at *path* is made of: reads its tables, and the headers and indexes of its shards.
+
+    Raises:
+        BundleNotFoundError: there is no bundle at *path*.
+        UnknownTaskError: it has no task of that name.
+        NotFetchedError: the task's table is not here.
+        FormatError: a table or a shard's header is damaged or breaks a rule.
+    """
+    files = BundleFiles(path)
+    task = files.task(name)
+    tables = Tables(path)
+    group = next(group for group in files.manifest.groups if group.id == task.entry.group)
+    members = sum(entry.group == group.id for entry in files.manifest.tasks)
+    share = tables.nbytes(layout.group_directory(group.id)) / members
+    stored = _stored_nbytes(path, task)
+    return TaskDetails(
+        path=path,
+        task=summarise_task(tables, task.entry, task.table, share, fetched=files.is_fetched(name)),
+        method=group.method.name,
+        tensors=tuple(_summarise_tensor(tensor, stored[tensor.name]) for tensor in task.table.tensors),
+        files=task.table.files,
+        estimates=task.table.fidelity.estimates,
+    )
+
+
+def _summarise_tensor(tensor: Tensor, nbytes: int | None) -> TensorSummary:
+    code = tensor.leading if isinstance(tensor, ExtendedTensor) else tensor
+    return TensorSummary(
+        name=tensor.name,
+        kind=kind_of(tensor),
+        dtype=tensor.dtype if isinstance(tensor, Whole) else None,
+        shape=tensor.shape if isinstance(tensor, Whole) else None,
+        base=tensor.base_name if isinstance(tensor, BasedTensor) else None,
+        tied_to=tensor.of if isinstance(tensor, AliasTensor) else None,
+        rows=tensor.rows if isinstance(tensor, ExtendedTensor) else None,
+        gain=getattr(code, "gain", None),
+        nbytes=nbytes,
+    )
+
+
+def _stored_nbytes(root: Path, task: Task) -> dict[str, int | None]:
+    """Bytes of each tensor's payloads in the task's shards; None where one of its shards is not here."""
+    shards = [_payload_sizes(root, task, number) for number in range(len(task.shards))]
+    found: dict[str, int | None] = {}
+    for tensor in task.table.tensors:
+        sizes = [_payload_nbytes(stored, shards[stored.payload.shard]) for stored in tensor_payloads(tensor)]
+        known = [size for size in sizes if size is not None]
+        found[tensor.name] = sum(known) if len(known) == len(sizes) else None
+    return found
+
+
+def _payload_sizes(root: Path, task: Task, number: int) -> Mapping[str, int] | None:
+    """Bytes of every payload of a shard by key; None where it is not here."""
+    shard = task.shards[number]
+    path = f"{task.directory}/{shard.file}"
+    try:
+        file = LocalFile(layout.resolve(root, path), path)
+    except FileNotFoundError:
+        return None
+    try:
+        tensors = ShardReader(file, shard).header.tensors
+    finally:
+        file.close()
+    return {key: entry.stop - entry.start for key, entry in tensors.items()}
+
+
+def _payload_nbytes(stored: Stored, sizes: Mapping[str, int] | None) -> int | None:
+    if sizes is None:
+        return None
+    if stored.payload.codec == "pooled":
+        return stored.encoding.nbytes(stored.numel)  # as it is before the whole pool is compressed
+    return sizes.get(stored.key)

@@ -1,0 +1,155 @@
+"""Packs in processes of their own, to be killed, interrupted and starved. They start in milliseconds: torch is there."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import tallstore
+
+_CONTEXT = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+if os.name == "posix":
+    _CONTEXT.set_forkserver_preload(["tallstore.packing", "tallstore.verifying", __name__])
+
+_PATIENCE = 120  # seconds; a child that takes longer hangs
+_TOUCHES_FILES = ("open", "os.", "shutil.", "fcntl.", "ctypes.")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of `pack`.
+
+    Attributes:
+        base, experts, out: as `pack` takes them.
+        options: its other arguments.
+    """
+
+    base: Path
+    experts: Mapping[str, Path]
+    out: Path
+    options: Mapping[str, Any]
+
+    def run(self) -> tallstore.PackReport:
+        """Pack here and now."""
+        return tallstore.pack(self.base, self.experts, self.out, **self.options)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a child ended.
+
+    Attributes:
+        exit_code: negative for the signal that ended it.
+        error: type and message of what was raised; None where nothing was, or where nobody was left to say.
+        events: how often the child asked the system for something that has to do with files.
+    """
+
+    exit_code: int
+    error: tuple[type[BaseException], str] | None = None
+    events: int = 0
+
+
+class Child:
+    """A process that runs a job."""
+
+    def __init__(self, job: Job, before: Callable[..., None] | None = None, *arguments: object) -> None:
+        """Start it.
+
+        Args:
+            job: what to run.
+            before: called with *arguments* in the child before the job; a function of a module.
+        """
+        self._receiver, sender = _CONTEXT.Pipe(duplex=False)
+        self.process: BaseProcess = _CONTEXT.Process(target=_run, args=(job, sender, before, arguments))
+        self.process.start()
+        sender.close()
+
+    def wait_until_it_packs(self) -> None:
+        """Wait for the moment before the call of `pack`."""
+        assert self._receiver.poll(_PATIENCE), "the child does not start"
+        assert self._receiver.recv() == "packing"
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal; nothing happens where the child has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, number)
+
+    def outcome(self) -> Outcome:
+        """Wait for its end."""
+        said: list[Any] = []
+        with contextlib.suppress(EOFError):
+            while True:
+                assert self._receiver.poll(_PATIENCE), "the child hangs"
+                said.append(self._receiver.recv())
+        self.process.join()
+        exit_code = self.process.exitcode
+        self._receiver.close()
+        self.process.close()
+        error, events = said[-1] if said and said[-1] != "packing" else (None, 0)
+        return Outcome(exit_code, error, events)
+
+
+def _run(job: Job, sender: Connection, before: Callable[..., None] | None, arguments: tuple[object, ...]) -> None:
+    sys.stderr = open(os.devnull, "w")  # noqa: PLW1514, PTH123, SIM115 - as long as the process lives
+    if before is not None:
+        before(*arguments)
+    sender.send("packing")
+    _COUNTER.start()
+    error: tuple[type[BaseException], str] | None = None
+    try:
+        job.run()
+    except BaseException as raised:  # noqa: BLE001 - the parent judges what it was
+        error = (type(raised), str(raised))
+    sender.send((error, _COUNTER.stop()))
+    sys.exit(error is not None)
+
+
+class _Counter:
+    """Counts what a process asks of the file system, and can stop it short at one of these moments."""
+
+    def __init__(self) -> None:
+        self._count = itertools.count()
+        self._running = False
+        self._at: int | None = None
+        self._signal = signal.SIGTERM
+
+    def stop_at(self, event: int, number: signal.Signals) -> None:
+        """Send this process a signal just before the event of that number."""
+        self._at, self._signal = event, number
+
+    def start(self) -> None:
+        sys.addaudithook(self._hear)
+        self._running = True
+
+    def stop(self) -> int:
+        self._running = False
+        return next(self._count)
+
+    def _hear(self, event: str, _arguments: tuple[object, ...]) -> None:
+        if self._running and event.startswith(_TOUCHES_FILES) and next(self._count) == self._at:
+            os.kill(os.getpid(), self._signal)
+
+
+_COUNTER = _Counter()
+
+
+def stop_at(event: int, number: signal.Signals) -> None:
+    """For `Child(before=…)`: the child gets a signal just before that event."""
+    _COUNTER.stop_at(event, number)
+
+
+def limit_file_size(nbytes: int) -> None:
+    """For `Child(before=…)`: no file may become larger, as on a disk that is full."""
+    import resource  # noqa: PLC0415 - POSIX only
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))

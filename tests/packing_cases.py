@@ -1,0 +1,168 @@
+"""What tests of packing share: models to pack, and the bundle that came of it, verified, opened and read back."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import tallstore
+from tallstore import bits
+from tallstore.bundle_files import BundleFiles
+from tallstore.manifest import ExtendedTensor, GroupTable, TaskTable, parse
+from tallstore.packing import shared_vector, stack
+from tallstore.payloads import leading_shape, sides_of, vector_step_of, vector_values_of
+from tests.reference import same_bits
+
+Model = dict[str, Tensor]
+
+
+def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    """Normally distributed float32 numbers."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def base_model(dtype: torch.dtype = torch.float32) -> Model:
+    """Tensors of one to four dimensions, and what is not coded."""
+    return {
+        "block.kernel": normal(13, 8, 3, 17, seed=1).to(dtype),
+        "block.weight": normal(70, 63, seed=2).to(dtype),
+        "embed.weight": normal(300, 20, seed=3).to(dtype),
+        "norm.weight": normal(5003, seed=4).to(dtype),
+        "head.bias": normal(7, seed=5).to(dtype),
+        "position_ids": torch.arange(12),
+        "is_trained": torch.tensor(True),
+        "temperature": torch.tensor(2.5, dtype=dtype),
+        "nothing": torch.empty(0, 3, dtype=dtype),
+    }
+
+
+def tuned(base: Mapping[str, Tensor], seed: int, scale: float = 0.02) -> Model:
+    """A fine-tune: every floating-point tensor moved, by another amount in each row."""
+    moved = {}
+    for position, (name, tensor) in enumerate(sorted(base.items())):
+        if tensor.is_floating_point():
+            step = normal(*tensor.shape, seed=1000 * seed + position, scale=scale)
+            moved[name] = (tensor.double() + step.double()).to(tensor.dtype)
+        else:
+            moved[name] = tensor.clone()
+    return moved
+
+
+def experts_of(base: Mapping[str, Tensor], count: int = 3) -> dict[str, Model]:
+    """Fine-tunes that went about as far as each other, but not quite."""
+    return {name: tuned(base, seed, 0.02 * (1 + seed)) for seed, name in zip(range(count), "abcdefghij", strict=False)}
+
+
+class Packed:
+    """A bundle that was packed: its report, its tables, its payloads, and its experts as a reader gets them."""
+
+    def __init__(self, root: Path, report: tallstore.PackReport, base: Any) -> None:
+        self.root, self.report, self.base = root, report, base
+        self.files = BundleFiles(root)
+        self.manifest = self.files.manifest
+
+    @cached_property
+    def states(self) -> dict[str, Model]:
+        """Every expert's state dict."""
+        with tallstore.open_bundle(self.root, base=self.base) as bundle:
+            return {task: bundle.state_dict(task) for task in bundle.tasks}
+
+    @cached_property
+    def tables(self) -> dict[str, TaskTable]:
+        """Every task.json."""
+        return {task.name: self.files.task(task.name).table for task in self.manifest.tasks}
+
+    @cached_property
+    def group(self) -> GroupTable:
+        """The only group.json."""
+        path = "groups/g0001/group.json"
+        return parse((self.root / path).read_bytes(), GroupTable, path)
+
+    def entry(self, task: str, name: str) -> Any:
+        """A tensor of a task's table; None where the task lacks it."""
+        return next((tensor for tensor in self.tables[task].tensors if tensor.name == name), None)
+
+    def kinds(self, task: str) -> dict[str, str]:
+        """Kind by tensor name."""
+        return {tensor.name: tensor.__struct_config__.tag for tensor in self.tables[task].tensors}
+
+    def sides(self, task: str, name: str) -> Tensor:
+        """What a task's tensor chose, in the shape of its coded rows: 1, -1 or 0. int8."""
+        entry = self.entry(task, name)
+        code, shape = entry, entry.shape
+        if isinstance(entry, ExtendedTensor):
+            code, shape = entry.leading, leading_shape(entry)
+        stored = sides_of(name, code, shape)
+        raw = self.files.payload(self.files.task(task), stored).all()
+        codes = bits.unpack(raw, stored.numel, stored.encoding.width)
+        return torch.tensor([0, 1, -1], dtype=torch.int8)[torch.from_numpy(codes).long()].view(shape)
+
+    def shared(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """Codes of the merged vector of a base tensor, in its shape, and its steps."""
+        group = self.files.group("g0001")
+        vector, shape = group.merged(name), self.files.base[name].shape
+        stored = vector_values_of(vector, shape)
+        raw = self.files.payload(group, stored).all()
+        if vector.dtype == "LOG4":
+            raw = bits.unpack(raw, math.prod(shape), 4)
+        views = {"LOG4": torch.uint8, "I8": torch.int8, "F16": torch.float16, "BF16": torch.bfloat16}
+        codes = torch.from_numpy(raw.copy()).view(views.get(vector.dtype, torch.float32)).view(shape)
+        step = vector_step_of(vector, shape)
+        if step is None:
+            return codes, None
+        return codes, torch.from_numpy(self.files.payload(group, step).all().view(np.float32).copy())
+
+    def whole(self, task: str) -> dict[str, str]:
+        """Why tensors were stored whole, by name, as the report says."""
+        packed = next(found for found in self.report.tasks if found.name == task)
+        return {stored.tensor: stored.reason for stored in packed.whole}
+
+
+def pack(base: Any, experts: Mapping[str, Any], root: Path, **options: Any) -> Packed:
+    """Pack, check that the bundle breaks no rule, and open it."""
+    report = tallstore.pack(base, experts, root, **options)
+    assert tallstore.verify(root) == []
+    return Packed(root, report, None if options.get("embed_base") else base)
+
+
+def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *names: str) -> None:
+    """The tensors of those names, or all, have the same dtype, shape and bits."""
+    if not names:
+        assert sorted(found) == sorted(expected)
+    for name in names or expected:
+        assert same_bits(found[name], expected[name]), name
+
+
+def contents(root: Path) -> dict[str, str]:
+    """The sha256 of every file under *root*, by path."""
+    return {
+        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
+
+
+def forced(monkeypatch: Any, **limits: int) -> None:
+    """Set limits of the streaming, so that small tensors take the paths of large ones.
+
+    Args:
+        monkeypatch: pytest's.
+        limits: tile, smallest_tile, longest_row (elements), kept, in_memory (bytes).
+    """
+    places = {
+        "tile": (stack, "_TILE_NUMEL"),
+        "smallest_tile": (stack, "_SMALLEST_TILE_NUMEL"),
+        "longest_row": (stack, "_LONGEST_WHOLE_ROW"),
+        "kept": (stack, "_KEPT_NBYTES"),
+        "in_memory": (shared_vector, "_IN_MEMORY_NBYTES"),
+    }
+    for limit, value in limits.items():
+        monkeypatch.setattr(*places[limit], value)

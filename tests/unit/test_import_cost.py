@@ -1,0 +1,38 @@
+"""What an import costs: the format layer, and so `tallstore inspect`, needs no torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+TORCH_FREE = [
+    "tallstore",
+    "tallstore.bits",
+    "tallstore.bundle_files",
+    "tallstore.codecs",
+    "tallstore.errors",
+    "tallstore.layout",
+    "tallstore.manifest",
+    "tallstore.payloads",
+    "tallstore.r13",
+    "tallstore.shards",
+    "tallstore.tables",
+]
+
+
+def imported_by(statement: str) -> set[str]:
+    """Top-level modules that are loaded once *statement* has run in a new interpreter."""
+    code = f"{statement}\nimport sys\nprint(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    return {name.partition(".")[0] for name in run.stdout.split()}
+
+
+def test_the_format_layer_imports_no_torch():
+    modules = imported_by("import " + ", ".join(TORCH_FREE))
+    assert "tallstore" in modules
+    assert not modules & {"torch", "safetensors", "transformers", "huggingface_hub"}
+
+
+def test_an_error_and_the_version_import_no_torch():
+    assert "torch" not in imported_by("from tallstore import TallstoreError, __version__")
+
