@@ -36,7 +36,7 @@ def rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(tensor.shape[0], -1) if tensor.ndim > 1 else tensor.reshape(1, -1)
 
 
-# --- shared vectors, and how they are stored ----------------------------------------------------------------------------
+# --- shared vectors, and how they are stored --------------------------------------------------------------------------
 
 
 class Shared(NamedTuple):
@@ -81,7 +81,7 @@ def nearest_log4(ratio: Tensor) -> Tensor:
     return torch.from_numpy(distance.argmin(-1).astype(np.uint8))  # the first, and largest, of equals
 
 
-# --- SignedMask ---------------------------------------------------------------------------------------------------------
+# --- SignedMask -------------------------------------------------------------------------------------------------------
 
 
 def unit_magnitude(vector: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def signed_sides(vector: Tensor, stored: Tensor, threshold: float, *, alone: boo
     return torch.where(kept & (stored > 0), torch.sign(vector), 0.0).to(torch.int8)
 
 
-# --- TallMask -----------------------------------------------------------------------------------------------------------
+# --- TallMask ---------------------------------------------------------------------------------------------------------
 
 
 def merge(vectors: Sequence[Tensor], how: str, thresholds: Sequence[float] = ()) -> Tensor:
@@ -127,7 +127,7 @@ def tall_sides(vector: Tensor, stored: Tensor, mask_lambda: float) -> Tensor:
     return ((vector.abs() > limit) & (stored != 0)).to(torch.int8)
 
 
-# --- experts ------------------------------------------------------------------------------------------------------------
+# --- experts ----------------------------------------------------------------------------------------------------------
 
 
 def gain_one(vector: Tensor, sides: Tensor, stored: Tensor) -> float:
@@ -179,7 +179,7 @@ def flat(tensors: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([tensors[name].reshape(-1) for name in sorted(tensors)])
 
 
-# --- whole models -------------------------------------------------------------------------------------------------------
+# --- whole models -----------------------------------------------------------------------------------------------------
 
 
 class Fitted(NamedTuple):

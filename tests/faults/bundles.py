@@ -1,4 +1,4 @@
-"""What the fault tests damage: checkpoints with every kind of tensor in them, and the bundles that `pack` makes of them."""
+"""What the fault tests damage: checkpoints with every kind of tensor, and what is in the bundles made of them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Weights = dict[str, dict[str, Tensor]]
 def small_inputs(root: Path, *, moved: float = 1.0) -> tuple[Path, dict[str, Path]]:
     """A base and two experts with companion files, a few kB each: directories that are made in *root*.
 
-    Packed, "cars" has a coded tensor and one tied to it, private ones in the pool and beside it, and one that equals the
-    base's; "birds" has a resized one, and lacks one of the base's.
+    Packed, "cars" has a coded tensor and one tied to it, private ones in the pool and beside it, and one that equals
+    the base's; "birds" has a resized one, and lacks one of the base's.
 
     Args:
         root: is there already.
@@ -55,7 +55,7 @@ def small_inputs(root: Path, *, moved: float = 1.0) -> tuple[Path, dict[str, Pat
 
 
 def large_inputs(root: Path, *, tensors: int, numel: int) -> tuple[Path, dict[str, Path]]:
-    """A base and two experts of *tensors* float32 tensors of *numel* elements: safetensors files that are made in *root*."""
+    """A base and two experts, each of *tensors* float32 tensors of *numel* elements: safetensors files in *root*."""
     generator = torch.Generator().manual_seed(0)
     base = {f"layer.{i}": torch.randn(numel // 1024, 1024, generator=generator) for i in range(tensors)}
     paths = {}

@@ -1,4 +1,4 @@
-"""Packs in processes of their own, to be killed, interrupted and starved. They start in milliseconds: torch is there."""
+"""Packs in processes of their own, to be killed, interrupted and starved. They start in milliseconds."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class Child:
 
 
 def _run(job: Job, sender: Connection, before: Callable[..., None] | None, arguments: tuple[object, ...]) -> None:
-    sys.stderr = open(os.devnull, "w")  # noqa: PLW1514, PTH123, SIM115 - as long as the process lives
+    sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115 - as long as the process lives
     if before is not None:
         before(*arguments)
     sender.send("packing")

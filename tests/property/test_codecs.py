@@ -41,9 +41,9 @@ def test_a_damaged_frame_decodes_to_the_due_length_or_is_refused(content, positi
 
 def check_never_anything_else(codec, stored, nbytes):
     itemsize = 2 if codec == "planes-zstd" else 1
+    rule, size = None, None
     try:
-        decoded = decode(codec, np.frombuffer(stored, np.uint8), nbytes * itemsize, itemsize, "here")
+        size = decode(codec, np.frombuffer(stored, np.uint8), nbytes * itemsize, itemsize, "here").size
     except FormatError as error:
-        assert error.rule.startswith("COD-")
-    else:
-        assert decoded.size == nbytes * itemsize
+        rule = error.rule
+    assert size == nbytes * itemsize or rule in {"COD-1", "COD-2", "COD-3", "COD-5"}

@@ -12,7 +12,23 @@ from tallstore import layout
 
 ANY_TEXT = st.text(st.characters(exclude_categories=[]), max_size=300)
 SEGMENTS = st.sampled_from(
-    ["base", "tasks", "groups", "files", "g0001", "mnist", "task.json", "..", ".", "", "con", "C:", "\\", "a\0", "base.json"]
+    [
+        "base",
+        "tasks",
+        "groups",
+        "files",
+        "g0001",
+        "mnist",
+        "task.json",
+        "..",
+        ".",
+        "",
+        "con",
+        "C:",
+        "\\",
+        "a\0",
+        "base.json",
+    ]
 )
 
 

@@ -86,11 +86,15 @@ def test_a_flipped_byte_never_changes_what_is_read(position, flip, seed):
         raw = bytearray(path.read_bytes())
         raw[position % len(raw)] ^= flip
         path.write_bytes(bytes(raw))
+        found, rule = None, None
         with closing(LocalFile(path, shard.file)) as file:
             try:
                 reader = ShardReader(file, shard)
-                found = [reader.payload("first", first, BITS, 5000).all(), reader.payload("second", second, BITS, 50).all()]
+                found = [
+                    reader.payload("first", first, BITS, 5000).all().tobytes(),
+                    reader.payload("second", second, BITS, 50).all().tobytes(),
+                ]
             except FormatError as error:
-                assert error.rule in {"ST-1", "ST-2", "ST-5", "IDX-1", "IDX-3"}
-            else:
-                assert [raw.tobytes() for raw in found] == [bits.pack(units, 1).tobytes(), bits.pack(units[:50], 1).tobytes()]
+                rule = error.rule
+    unchanged = [bits.pack(units, 1).tobytes(), bits.pack(units[:50], 1).tobytes()]
+    assert found == unchanged or rule in {"ST-1", "ST-2", "ST-5", "IDX-1", "IDX-3"}

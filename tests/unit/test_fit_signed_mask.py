@@ -40,7 +40,7 @@ def sides(codes):
     return torch.tensor([0, 1, -1], dtype=torch.int8)[codes.long()]
 
 
-# --- merged -------------------------------------------------------------------------------------------------------------
+# --- merged -----------------------------------------------------------------------------------------------------------
 
 
 def test_merged_is_the_mean_magnitude_of_tasks_at_unit_rms():
@@ -66,7 +66,7 @@ def test_it_agrees_with_the_formula_in_float64():
     assert torch.equal(codes[distance.abs() > 1e-6] > 0, distance[distance.abs() > 1e-6] > 0)
 
 
-# --- codes --------------------------------------------------------------------------------------------------------------
+# --- codes ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("threshold", [0, 0.8, 1.2, 2.9])
@@ -119,7 +119,7 @@ def test_a_tile_of_one_task_of_several_is_coded_as_one_of_several():
     assert same_bits(fit.code(alone, 0, stored), fit.code(tile(vectors), 1, stored))
 
 
-# --- tiles --------------------------------------------------------------------------------------------------------------
+# --- tiles ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", [1, 7, 1000, 4999])
@@ -135,7 +135,7 @@ def test_pieces_are_fitted_as_the_whole_is(length):
         assert same_bits(codes, fit.code(tile(vectors), 2, whole)[start : start + length])
 
 
-# --- scales -------------------------------------------------------------------------------------------------------------
+# --- scales -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_gain_takes_the_projection_to_one():
@@ -155,7 +155,7 @@ def test_the_fits_own_scale_undoes_the_normalisation():
     assert SignedMaskFit(SignedMask()).fitted_scale(statistics(vector), 3) == pytest.approx(fit_reference.rms(vector))
 
 
-# --- options ------------------------------------------------------------------------------------------------------------
+# --- options ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("threshold", [-0.1, math.nan, math.inf, "1.2", None, [1.2]])

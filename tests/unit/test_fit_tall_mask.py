@@ -44,7 +44,7 @@ def prepared(method, vectors, lambdas=None, pieces=700):
     return prepare(method, streams, lambdas)
 
 
-# --- merged -------------------------------------------------------------------------------------------------------------
+# --- merged -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["sum", "mean", "ties"])
@@ -55,7 +55,7 @@ def test_merged_is_the_sum_the_mean_or_the_disjoint_sum(how):
     assert same_bits(merged, fit_reference.merge(vectors, how, thresholds))
 
 
-# --- masks --------------------------------------------------------------------------------------------------------------
+# --- masks ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["I8", "BF16", "F16", "F32"])
@@ -121,7 +121,7 @@ def test_pieces_are_fitted_as_the_whole_is(how, length):
         assert same_bits(fit.code(piece, 1, whole[start : start + length]), codes[start : start + length])
 
 
-# --- scales -------------------------------------------------------------------------------------------------------------
+# --- scales -----------------------------------------------------------------------------------------------------------
 
 
 def test_gain_one_takes_the_projection_to_one_and_published_is_one():
@@ -142,7 +142,7 @@ def test_the_rules_own_scale_is_one_and_that_of_a_mean_the_number_of_its_tasks()
         assert TallMaskFit(method, {}).fitted_scale(statistics(vector), shared_by) == scale
 
 
-# --- options ------------------------------------------------------------------------------------------------------------
+# --- options ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mask_lambda", [-0.1, math.nan, math.inf, (), (0.4, -1), "0.4", None, (0.4, None), {}])

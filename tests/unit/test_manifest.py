@@ -143,7 +143,7 @@ def refused_task(*path, to):
     return refusal(json.dumps(changed(TASK, *path, to=to)).encode(), TaskTable)
 
 
-# --- round trips --------------------------------------------------------------------------------------------------------
+# --- round trips ------------------------------------------------------------------------------------------------------
 
 
 def test_a_manifest_round_trips():
@@ -181,7 +181,7 @@ def test_whitespace_and_the_order_of_keys_do_not_matter():
     assert parse(turned, TaskTable, WHERE) == parse(json.dumps(TASK).encode(), TaskTable, WHERE)
 
 
-# --- JSON ---------------------------------------------------------------------------------------------------------------
+# --- JSON -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_a_file_over_the_limit_is_refused_before_it_is_parsed(monkeypatch):
     assert refusal(b" " * 10).rule == "JSON-1"
 
 
-# --- fields -------------------------------------------------------------------------------------------------------------
+# --- fields -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("key", [key for key in MANIFEST if key not in {"format", "format_version", "manifest_sha256"}])
@@ -375,7 +375,7 @@ def test_what_is_at_a_limit_is_read():
     parse(json.dumps(table).encode(), TaskTable, WHERE)
 
 
-# --- versions and features ----------------------------------------------------------------------------------------------
+# --- versions and features --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -485,7 +485,7 @@ def test_features_that_are_no_list_of_names_are_refused(features):
     assert refused_task("required_features", to=features).rule in {"JSON-3", "VER-4"}
 
 
-# --- the manifest's own hash --------------------------------------------------------------------------------------------
+# --- the manifest's own hash ------------------------------------------------------------------------------------------
 
 
 def test_a_manifest_of_other_bytes_is_refused():

@@ -40,7 +40,7 @@ def check(packed, base, experts, fitted, *, gain=None):
             assert same_bits(packed.states[task][name], expert[name]), (task, name)
 
 
-# --- methods and dtypes -------------------------------------------------------------------------------------------------
+# --- methods and dtypes -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("merged_dtype", [None, "int8", "float16", "bfloat16", "float32"])
@@ -102,7 +102,7 @@ def test_experts_whose_dtype_is_not_the_bases(tmp_path, base_dtype):
     check(packed, base, experts, fit_reference.fit_signed(base, experts, "LOG4", 1.2))
 
 
-# --- gain ---------------------------------------------------------------------------------------------------------------
+# --- gain -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_mean_over_many_tasks_is_scaled_back_and_not_taken_for_degenerate(tmp_
     assert packed.entry("task 3", "w").gain > 8
 
 
-# --- mask_lambda --------------------------------------------------------------------------------------------------------
+# --- mask_lambda ------------------------------------------------------------------------------------------------------
 
 
 def test_evaluate_chooses_mask_lambda_a_task_and_the_smaller_on_a_tie(tmp_path):

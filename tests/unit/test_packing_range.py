@@ -14,7 +14,7 @@ def moved(tensor, seed, scale=0.02):
     return tuned({"tensor": tensor}, seed, scale)["tensor"]
 
 
-# --- numbers at the ends of their range ---------------------------------------------------------------------------------
+# --- numbers at the ends of their range -------------------------------------------------------------------------------
 
 
 def test_a_reconstruction_that_overflows_float16_is_whole(tmp_path):
@@ -37,7 +37,7 @@ def test_a_reconstruction_that_overflows_float16_is_whole(tmp_path):
 def test_where_all_that_was_coded_overflows_the_bundle_is_sound(tmp_path):
     base = {"w": torch.full((80, 60), 65000.0).half()}
     experts = {
-        task: {"w": (base["w"].float() + normal(80, 60, seed=seed).abs() * 160).clamp(max=65504).half()}
+        task: {"w": (base["w"].float() + normal(80, 60, seed=seed).abs() * 200).clamp(max=65504).half()}
         for seed, task in enumerate("ab", start=1)
     }
     packed = pack(base, experts, tmp_path / "bundle", method=SignedMask(0))

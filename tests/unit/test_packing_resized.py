@@ -17,7 +17,7 @@ def moved(tensor, seed, scale=0.02):
     return tuned({"tensor": tensor}, seed, scale)["tensor"]
 
 
-# --- resized vocabularies -----------------------------------------------------------------------------------------------
+# --- resized vocabularies ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS, ids=["signed", "tall", "published"])

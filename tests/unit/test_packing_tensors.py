@@ -18,7 +18,7 @@ def moved(tensor, seed, scale=0.02):
     return tuned({"tensor": tensor}, seed, scale)["tensor"]
 
 
-# --- tensors that equal the base's --------------------------------------------------------------------------------------
+# --- tensors that equal the base's ------------------------------------------------------------------------------------
 
 
 def test_a_tensor_that_equals_the_bases_costs_nothing(tmp_path):
@@ -83,7 +83,7 @@ def test_what_only_a_double_rounding_makes_equal_is_not_the_same(tmp_path):
     assert (packed.states["a"]["w"].double() - twice.double()).abs().max() < 2**-7
 
 
-# --- what is not coded --------------------------------------------------------------------------------------------------
+# --- what is not coded ------------------------------------------------------------------------------------------------
 
 
 def test_integers_bools_and_other_dtypes_come_back(tmp_path):
@@ -164,7 +164,7 @@ def test_non_contiguous_tensors_are_packed_as_their_contiguous_copies(tmp_path):
         assert_same(first.states[task], second.states[task])
 
 
-# --- tensors that only some have ----------------------------------------------------------------------------------------
+# --- tensors that only some have --------------------------------------------------------------------------------------
 
 
 def test_heads_and_tensors_of_one_expert_are_whole_and_lacking_ones_dropped(tmp_path):
@@ -195,7 +195,7 @@ def test_a_head_of_the_same_name_and_another_shape_is_whole(tmp_path):
         assert_same(packed.states[task], experts[task], "classifier.weight")
 
 
-# --- tensors that one expert, or few, moved -----------------------------------------------------------------------------
+# --- tensors that one expert, or few, moved ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", [SignedMask(), TallMask()], ids=["signed", "tall"])
@@ -237,7 +237,7 @@ def test_where_the_fit_leaves_nothing_the_tensor_is_whole(tmp_path):
     assert [vector.tensor for vector in packed.group.vectors] == ["v"]
 
 
-# --- patterns -----------------------------------------------------------------------------------------------------------
+# --- patterns ---------------------------------------------------------------------------------------------------------
 
 
 def test_private_patterns_are_globs_of_whole_names_case_and_all(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from tests.packing_cases import assert_same, base_model, experts_of, pack, tuned
 from tests.reference import same_bits
 
-# --- ties ---------------------------------------------------------------------------------------------------------------
+# --- ties -------------------------------------------------------------------------------------------------------------
 
 
 def tied(state, name, of):

@@ -32,7 +32,7 @@ def stored(merged, dtype):
     return codes, values(codes, dtype) if step is None else values(codes, dtype) * step
 
 
-# --- against the reference ----------------------------------------------------------------------------------------------
+# --- against the reference --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["LOG4", "I8", "F16", "BF16", "F32"])
@@ -76,7 +76,7 @@ def test_a_float16_that_underflows_is_plus_zero():
     assert not torch.signbit(codes).any()
 
 
-# --- LOG4 ---------------------------------------------------------------------------------------------------------------
+# --- LOG4 -------------------------------------------------------------------------------------------------------------
 
 
 def test_log4_takes_the_nearest_value_and_the_larger_on_a_tie():
@@ -106,7 +106,7 @@ def test_log4_agrees_with_a_search_over_a_whole_octave():
     assert same_bits(quantise(ratios, torch.ones(1, 1), "LOG4"), fit_reference.nearest_log4(ratios))
 
 
-# --- I8 -----------------------------------------------------------------------------------------------------------------
+# --- I8 ---------------------------------------------------------------------------------------------------------------
 
 
 def test_int8_rounds_half_to_even_and_never_reaches_minus_128():
@@ -121,7 +121,7 @@ def test_the_largest_of_a_row_is_127_steps_whichever_way_the_step_was_rounded():
     assert codes.abs().amax(1).tolist() == [127] * 200
 
 
-# --- rows without a step ------------------------------------------------------------------------------------------------
+# --- rows without a step ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["LOG4", "I8"])

@@ -45,7 +45,7 @@ def opened(path, shard, verify="first-read"):
     return ShardReader(OPEN[-1], shard, verify)
 
 
-# --- a round trip -------------------------------------------------------------------------------------------------------
+# --- a round trip -----------------------------------------------------------------------------------------------------
 
 
 def test_several_chunks_round_trip_and_are_stored_small(tmp_path):
@@ -208,7 +208,7 @@ def test_nothing_written_is_no_shard(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# --- the file -----------------------------------------------------------------------------------------------------------
+# --- the file ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -221,7 +221,9 @@ def small(tmp_path):
         ("gains/w", GAINS, 3, np.array([1, 0.5, -2], "<f4").view(np.uint8)),
         ("bits/v", BITS, 3, np.array([5], np.uint8)),
     ]
-    stored = [(key, writer.whole("mask", key, encoding, n, raw), encoding, n, raw) for key, encoding, n, raw in contents]
+    stored = [
+        (key, writer.whole("mask", key, encoding, n, raw), encoding, n, raw) for key, encoding, n, raw in contents
+    ]
     (shard,), _ = writer.finish()
     assert [payload.codec for _, payload, *_ in stored] == ["raw", "zstd", "pooled", "pooled"]
     return tmp_path / shard.file, shard, stored
@@ -333,7 +335,7 @@ def test_a_file_that_shrinks_while_it_is_open_is_refused(small):
         reader.payload(key, payload, encoding, numel).all()
 
 
-# --- how much is read ---------------------------------------------------------------------------------------------------
+# --- how much is read -------------------------------------------------------------------------------------------------
 
 
 def test_only_the_chunks_that_are_asked_for_are_read(tmp_path):
@@ -408,7 +410,9 @@ def test_threads_may_share_a_reader(tmp_path):
             if found.tobytes() != NOISE[n : n + 32_000].tobytes():
                 wrong.append(n)
 
-    threads = [threading.Thread(target=read, args=(np.random.default_rng(seed).permutation(count),)) for seed in range(4)]
+    threads = [
+        threading.Thread(target=read, args=(np.random.default_rng(seed).permutation(count),)) for seed in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -416,7 +420,7 @@ def test_threads_may_share_a_reader(tmp_path):
     assert wrong == []
 
 
-# --- refusals -----------------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def record(stored, end, rank=0):
@@ -428,7 +432,11 @@ def entry(start, stop, **changes):
 
 
 CONTENT = bytes(range(100))
-ENTRIES = {"__metadata__": {"tallstore": "1.0-draft"}, "values/w": entry(0, 128), "index": entry(128, 160, shape=[1, 32])}
+ENTRIES = {
+    "__metadata__": {"tallstore": "1.0-draft"},
+    "values/w": entry(0, 128),
+    "index": entry(128, 160, shape=[1, 32]),
+}
 DATA = CONTENT + bytes(28) + record(CONTENT, 100)
 
 
@@ -512,7 +520,7 @@ def test_a_header_that_claims_to_be_huge_is_refused_before_it_is_read(tmp_path):
         assert refused(opened, path, shard) == rule
 
 
-def read(handmade_shard, key="values/w", codec="raw", at=0, encoding=WHOLE["U8"], numel=100):
+def read(handmade_shard, *, key="values/w", codec="raw", at=0, encoding=WHOLE["U8"], numel=100):
     path, shard = handmade_shard
     return opened(path, shard).payload(key, Payload(shard=0, codec=codec, at=at), encoding, numel).all()
 
