@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     )
     from tallstore.fit import SignedMask, TallMask
     from tallstore.model_weights import LoadResult
-    from tallstore.packing import PackReport, pack
+    from tallstore.packing import PackReport
+    from tallstore.packing.pack import pack  # not from the package, where mypy takes the module of that name
     from tallstore.verifying import Problem, verify
 
 __version__ = "0.1.0"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from tallstore import files, layout
-from tallstore.dtypes import TensorSpec
+from tallstore.dtypes import TensorSpec, itemsize
 from tallstore.files import Written
 
 MAX_SHARD_NBYTES = 5 << 30
@@ -54,7 +54,7 @@ def write_checkpoint(
 
 def _write_shard(path: Path, specs: Mapping[str, TensorSpec], read: Read) -> Written:
     # Wider elements first, so that every tensor starts at a multiple of its element's size.
-    ordered = sorted(specs, key=lambda name: -specs[name].nbytes // max(1, specs[name].numel))
+    ordered = sorted(specs, key=lambda name: itemsize(specs[name].dtype), reverse=True)
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in ordered:

@@ -44,6 +44,7 @@ _OPTIONS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], str]], ...] = (
         re.compile(r"give it: open_bundle\(path, base=…\) takes a path, a state dict or a Hub id"),
         lambda _: "give --base",
     ),
+    (re.compile(r"\bSignedMask\(\)"), lambda _: "--method signed-mask"),
     (re.compile(r"\boverwrite=True"), lambda _: "--overwrite"),
     (re.compile(r"\bprivate="), lambda _: "--private"),
     (
@@ -121,18 +122,18 @@ def print_bundle(summary: BundleSummary) -> None:
     several = len(summary.groups) > 1
     columns = [
         _Column("task", [task.name for task in summary.tasks], "name"),
-        _Column("group", [task.group for task in summary.tasks], "text", droppable=1) if several else None,
-        _Column("parameters", [_count(task.parameters) for task in summary.tasks], droppable=2),
+        _Column("group", [task.group for task in summary.tasks], "text", droppable=7) if several else None,
+        _Column("parameters", [_count(task.parameters) for task in summary.tasks], droppable=1),
         _Column("size", [decimal(task.nbytes) for task in summary.tasks]),
-        _Column("bits", [_number(task.bits, 2) for task in summary.tasks], droppable=5),
-        _Column("cosine", [_number(task.cosine, 3) for task in summary.tasks], droppable=6),
-        _Column("gain", [_number(task.gain, 3) for task in summary.tasks], droppable=3),
+        _Column("bits", [_number(task.bits, 2) for task in summary.tasks], droppable=9),
+        _Column("cosine", [_number(task.cosine, 3) for task in summary.tasks], droppable=10),
+        _Column("gain", [_number(task.gain, 3) for task in summary.tasks], droppable=2),
         *_scores([task.score for task in summary.tasks]),
         *_kind_counts(summary.tasks),
         _Column("", [_remark(task) for task in summary.tasks], "text") if any(map(_remark, summary.tasks)) else None,
     ]
-    _print_table(console, [column for column in columns if column is not None])
-    if any(task.bits is not None for task in summary.tasks):
+    shown = _print_table(console, [column for column in columns if column is not None])
+    if "bits" in shown and any(task.bits is not None for task in summary.tasks):
         console.print(Text("bits: a coded parameter, its share of the shared vectors included", "dim"))
     for task in summary.tasks:
         if task.unreadable is not None:
@@ -200,10 +201,10 @@ def _kind_counts(tasks: Sequence[TaskSummary]) -> list[_Column]:
         return _Column(heading, cells, droppable=droppable) if any(counts) else None
 
     columns = (
-        column("coded", [task.coded for task in tasks], 9),
-        column("same", [task.same for task in tasks], 7),
-        column("whole", [task.whole for task in tasks], 8),
-        column("other", [task.other for task in tasks], 4),
+        column("coded", [task.coded for task in tasks], 6),
+        column("same", [task.same for task in tasks], 4),
+        column("whole", [task.whole for task in tasks], 5),
+        column("other", [task.other for task in tasks], 3),
     )
     return [found for found in columns if found is not None]
 
@@ -211,7 +212,7 @@ def _kind_counts(tasks: Sequence[TaskSummary]) -> list[_Column]:
 def _remark(task: TaskSummary) -> str:
     if not task.fetched:
         return "not fetched"
-    return "" if task.unreadable is None else "needs a newer tallstore"
+    return "" if task.unreadable is None else "too new"
 
 
 def print_task(details: TaskDetails) -> None:
@@ -368,7 +369,8 @@ class _Column:
         return min(width, _NARROWEST_NAME) if self.holds == "name" else width
 
 
-def _print_table(console: Console, columns: Sequence[_Column]) -> None:
+def _print_table(console: Console, columns: Sequence[_Column]) -> list[str]:
+    """Print the columns that fit; their headings."""
     shown = _fitting(columns, console.width)
     table = Table(
         box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, _GAP - 1, 0, 0), header_style="bold"
@@ -386,6 +388,7 @@ def _print_table(console: Console, columns: Sequence[_Column]) -> None:
         table.add_row(*map(Text, row))
     console.print()
     console.print(table)
+    return [column.heading for column in shown]
 
 
 def _fitting(columns: Sequence[_Column], width: int) -> list[_Column]:
@@ -410,7 +413,7 @@ def _print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
 def _scores(scores: Sequence[float | None]) -> list[_Column]:
     if all(score is None for score in scores):
         return []
-    return [_Column("score", [_significant(score) for score in scores], droppable=7)]
+    return [_Column("score", [_significant(score) for score in scores], droppable=8)]
 
 
 def _count(number: int) -> str:

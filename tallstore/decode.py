@@ -7,6 +7,7 @@ width that the specification names, and flushing of subnormal numbers is off whi
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ _TILE_NUMEL: Final = 1 << 18  # what fits the caches, and makes the cost of a ca
 _SERIAL_NUMEL: Final = 1 << 15  # torch works on that many elements without its other threads
 _ALIGNED: Final = 8  # elements of 1, 2 and 4 bits begin a byte there
 _VIEWS: Final = {"I8": torch.int8, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+_INTEGERS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SMALLEST_NORMAL: Final = sys.float_info.min
 
 
@@ -132,9 +134,24 @@ def _signed_values(coded: CodedChunk, first: int, last: int) -> Tensor:
 
 def _add(destination: Tensor, base: Tensor, delta: Tensor) -> None:
     """Write base + delta, rounded to float32 (float64 over a float64 base) and cast; the base where delta is 0."""
-    moves = delta != 0
-    total = torch.add(base, delta) if base.dtype == torch.float64 else torch.add(base, delta, out=delta)
-    torch.where(moves, _cast(total, destination.dtype), _cast(base, destination.dtype), out=destination)
+    if destination.dtype == torch.promote_types(base.dtype, torch.float32):
+        total = torch.add(base, delta, out=destination)
+    else:
+        total = torch.add(base, delta)
+        destination.copy_(_cast(total, destination.dtype))
+    if _zeros_may_count(base, total):
+        kept = delta == 0
+        torch.where(kept, _cast(base, destination.dtype), destination, out=destination)
+
+
+def _zeros_may_count(base: Tensor, total: Tensor) -> bool:
+    """Whether adding +0.0 may have changed bits: it makes -0.0 positive, and NaNs quiet.
+
+    Both are rare, and selecting elements costs several times what adding does. -0.0 is the smallest of the integers
+    that have the elements' bits; a sum over a NaN is NaN.
+    """
+    patterns = base.view(_INTEGERS[base.element_size()])
+    return bool(patterns.amin() == torch.iinfo(patterns.dtype).min) or not math.isfinite(total.sum().item())
 
 
 def _cast(elements: Tensor, dtype: torch.dtype) -> Tensor:

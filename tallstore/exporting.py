@@ -148,9 +148,10 @@ def _check_output(target: Path, inputs: Sequence[Path], *, overwrite: bool) -> N
     resolved = target.resolve()
     for place in filter(Path.exists, inputs):
         other = place.resolve()
-        if resolved == other or resolved in other.parents or (other.is_dir() and other in resolved.parents):
-            relation = "holds" if resolved in other.parents else "is, or lies in,"
-            raise OutputInsideInputError(f"{target}: {relation} the input {place}; choose another place")
+        if resolved == other or other in resolved.parents:
+            raise OutputInsideInputError(f"{target}: lies inside the input {place}; choose another place")
+        if resolved in other.parents:
+            raise OutputInsideInputError(f"{target}: holds the input {place}; choose another place")
     if not target.exists():
         return
     if not target.is_dir():

@@ -99,6 +99,26 @@ def sync_directory(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """What the system refuses inside the block, a full disk most often, becomes an error of *target*.
+
+    Raises:
+        OutputError: in the place of an OSError, unless that names a file elsewhere, or whom a callback talked to.
+    """
+    try:
+        yield
+    except ConnectionError:  # a broken pipe among them: who showed the progress went away
+        raise
+    except OSError as error:
+        if error.filename is not None:
+            place = Path(os.fsdecode(error.filename))
+            if not any(path in (place, *place.parents) for path in (target, _staging(target))):
+                raise
+        reason = error.strerror or str(error)
+        raise OutputError(f"{target}: cannot be written ({reason}); make room there, or choose another place") from None
+
+
+@contextlib.contextmanager
 def staged_directory(target: Path) -> Iterator[Path]:
     """A directory to fill, which takes the place of *target* in one step when the block ends without an error.
 
@@ -107,29 +127,32 @@ def staged_directory(target: Path) -> Iterator[Path]:
 
     Raises:
         OutputBusyError: another process is filling it.
-        OutputError: the directory cannot be made.
+        OutputError: the directory cannot be made, or not be put in its place.
     """
     target = Path(os.path.realpath(target))
     parent = target.parent
-    staging = parent / f".{target.name}.partial"
+    staging = _staging(target)
     made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    lock = None
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        lock = _lock(staging, target)
-    except OSError as error:
-        raise OutputError(f"{target}: cannot write beside it ({error.strerror}); choose another place") from None
-    try:
-        _clear(staging)
-        (staging / _HOLDER).write_text(str(os.getpid()))
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            lock = _lock(staging, target)
+        except OSError as error:
+            raise OutputError(f"{target}: cannot write beside it ({error.strerror}); choose another place") from None
+        with writing(target):
+            _take_back(target)
+            _clear(staging)
+            (staging / _HOLDER).write_text(str(os.getpid()))
         yield staging
-        (staging / _HOLDER).unlink()
-        for directory, _, _ in os.walk(staging):
-            sync_directory(Path(directory))
-        _put_in_place(staging, target)
-        sync_directory(parent)
+        with writing(target):
+            (staging / _HOLDER).unlink()
+            for directory, _, _ in os.walk(staging):
+                sync_directory(Path(directory))
+            _put_in_place(staging, target)
+            sync_directory(parent)
     except BaseException:
-        if _is_held(staging, lock):
-            shutil.rmtree(staging, ignore_errors=True)
+        _remove(staging, lock)
         with contextlib.suppress(OSError):  # not empty: something else is there by now
             for folder in made:
                 folder.rmdir()
@@ -155,17 +178,51 @@ def _lock(staging: Path, target: Path) -> int | None:
         except FileNotFoundError:
             continue  # its last writer put it in place between our two calls: make a new one
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _flock(descriptor) and not _is_held(staging, descriptor):
+                os.close(descriptor)  # put in place before it was locked: make a new one
+                continue
         except BlockingIOError:
             os.close(descriptor)
             raise OutputBusyError(
                 f"{target}: {_holder(staging)} is writing it; wait, or choose another place"
             ) from None
-        except OSError:
-            return descriptor  # a file system without locks
-        if _is_held(staging, descriptor):
-            return descriptor
-        os.close(descriptor)  # put in place before it was locked: make a new one
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+
+def _flock(descriptor: int) -> bool:
+    """Lock a directory; whether its file system has locks.
+
+    Raises:
+        BlockingIOError: another process has locked it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
+def _remove(staging: Path, lock: int | None) -> None:
+    """Remove what was staged, or what it was exchanged for; never what another process is filling."""
+    if sys.platform == "win32" or (lock is not None and _is_held(staging, lock)):
+        shutil.rmtree(staging, ignore_errors=True)
+        return
+    try:
+        descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return  # there is nothing, or nothing of ours
+    try:
+        if _flock(descriptor) and _is_held(staging, descriptor):
+            shutil.rmtree(staging, ignore_errors=True)
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(descriptor)
 
 
 def _holder(staging: Path) -> str:
@@ -206,17 +263,34 @@ def _put_in_place(staging: Path, target: Path) -> None:
 
 
 def _step_aside(staging: Path, target: Path) -> None:
-    """Replace *target* in two steps; a machine that stops between them leaves the old directory under another name."""
-    aside = target.with_name(f".{target.name}.replaced")
-    if aside.exists():
-        shutil.rmtree(aside)
-    target.replace(aside)
+    """Replace *target* in two steps; who is killed between them leaves the old directory for the next to take back."""
+    aside = _aside(target)
     try:
+        target.replace(aside)
         staging.replace(target)
+        shutil.rmtree(aside, ignore_errors=True)
     except BaseException:
-        aside.replace(target)
+        _take_back(target)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _take_back(target: Path) -> None:
+    """Undo a step aside that was not finished; where it was, remove what is left of the old directory."""
+    aside = _aside(target)
+    if not aside.is_dir() or aside.is_symlink():
+        return
+    if target.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        aside.replace(target)
+
+
+def _staging(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial")
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.replaced")
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ BASE_DIRECTORY = "base"
 #: Files of a bundle that are outside its integrity: the user's to edit.
 OUTSIDE_INTEGRITY = frozenset({MANIFEST, "README.md", ".gitattributes"})
 
-_DEVICE = r"(?:con|prn|aux|nul|com[1-9]|lpt[1-9])"
+_DEVICE = r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])"
 _SLUG = rf"(?!{_DEVICE}$)[a-z0-9][a-z0-9_-]{{0,63}}"
 _SEGMENT = rf"(?!(?i:{_DEVICE})(?:\.|$))[A-Za-z0-9_][A-Za-z0-9._-]{{0,127}}(?<!\.)"
 _SHARD = r"[0-9]{5}-of-[0-9]{5}\.safetensors"

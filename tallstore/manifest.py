@@ -29,6 +29,7 @@ MAX_JSON_NBYTES = 64 << 20
 MAX_JSON_DEPTH = 32
 MAX_TASKS = 100_000
 MAX_TENSORS = 1_000_000
+MAX_SHARDS = 99_999
 MAX_NUMEL = 1 << 40
 
 _MAX_SHOWN_TEXT = 80
@@ -204,7 +205,7 @@ class GroupTable(_Part, frozen=True, kw_only=True):
     id: GroupId
     required_features: tuple[str, ...]
     method: Method
-    shards: tuple[Shard, ...]
+    shards: Annotated[tuple[Shard, ...], Meta(max_length=MAX_SHARDS)]
     vectors: Annotated[tuple[Vector, ...], Meta(max_length=MAX_TENSORS)]
 
 
@@ -364,7 +365,7 @@ class TaskTable(_Part, frozen=True, kw_only=True):
     slug: Slug
     group: GroupId
     required_features: tuple[str, ...]
-    shards: tuple[Shard, ...]
+    shards: Annotated[tuple[Shard, ...], Meta(max_length=MAX_SHARDS)]
     tensors: Annotated[tuple[Tensor, ...], Meta(max_length=MAX_TENSORS)]
     files: tuple[CompanionFile, ...]
     fidelity: Fidelity

@@ -194,11 +194,13 @@ def _check_hashes(entry: FileEntry, place: Path) -> list[FormatError]:
 def _check_missing(bundle: _Bundle) -> Problems:
     """FILE-4: a partial bundle lacks whole tasks, and what only they need."""
     here = {_directory(path) for path in bundle.files.keys() - bundle.absent}
-    tasks = [task for task in bundle.manifest.tasks if layout.task_directory(task.slug) in here]
+    due = {"", layout.BASE_DIRECTORY}
+    for task in bundle.manifest.tasks:
+        if layout.task_directory(task.slug) in here:
+            due |= {layout.task_directory(task.slug), layout.group_directory(task.group)}
     companions = {path for path in bundle.referred if _directory(path) == _COMPANIONS}
-    due = here | {"", layout.BASE_DIRECTORY} | {layout.group_directory(task.group) for task in tasks}
     for path in sorted(bundle.absent):
-        if _directory(path) in due - {_COMPANIONS} or path in companions:
+        if _directory(path) in due or path in companions:
             yield FormatError("FILE-4", path, "is missing; fetch it again")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -183,15 +185,25 @@ def main(out: Path, *, seed: int = 0, console: Console | None = None, progress: 
     progress.print()
     console.print(report.scores_table())
     console.print(report.sizes_table())
-    bundle, name = shlex.quote(str(report.bundle)), report.scores[0].name
+    program, bundle, name = _program(), shlex.quote(str(report.bundle)), report.scores[0].name
     console.print("\nTry next:")
     for command in (
-        f"tallstore inspect {bundle}",
-        f"tallstore verify {bundle}",
-        f"tallstore export {bundle} {name} --out {shlex.quote(str(out / name))}",
+        f"{program} inspect {bundle}",
+        f"{program} verify {bundle}",
+        f"{program} export {bundle} {name} --out {shlex.quote(str(out / name))}",
     ):
         console.print(f"  {command}", style="bold", markup=False, highlight=False, soft_wrap=True)
     return report
+
+
+def _program() -> str:
+    """How to call tallstore from the shell that the demo was called from, where its environment may not be active."""
+    if shutil.which("tallstore"):
+        return "tallstore"
+    script, here = Path(sys.executable).with_name("tallstore"), Path.cwd()
+    if not script.exists():
+        return f"{shlex.quote(sys.executable)} -m tallstore"
+    return shlex.quote(str(script.relative_to(here) if script.is_relative_to(here) else script))
 
 
 def _say_nothing(_line: str) -> None:

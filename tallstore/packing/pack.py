@@ -98,7 +98,7 @@ def pack(
     Raises:
         InputError: an input cannot be read or packed; names task and tensor.
         OptionError: an argument is outside its range.
-        OutputError: *out* is there already, lies inside an input, or another process is writing it.
+        OutputError: *out* is there already, lies inside an input, cannot be written, or another process is writing it.
     """
     method = SignedMask() if method is None else method
     options = _Options(
@@ -124,10 +124,13 @@ def pack(
             chosen, scores = _choose_lambdas(job, fit, evaluate)
             fit = fit.with_lambdas(chosen)
         with _destination(target, dry_run=dry_run) as root:
-            report = job.write(root, fit, scores, chosen)
+            place = root if dry_run else Path(os.path.realpath(target))
+            with files.writing(place):
+                report = job.write(root, fit, scores, chosen)
             if evaluate is not None and not scores:
                 scores = job.evaluate(root, evaluate)
-                report = job.record_scores(root, report, scores)
+                with files.writing(place):
+                    report = job.record_scores(root, report, scores)
     return replace(report, path=target, dry_run=dry_run)
 
 
@@ -147,7 +150,8 @@ def _choose_lambdas(job: _Job, fit: TallMaskFit, evaluate: Evaluate) -> tuple[di
     best: dict[str, float] = {}
     for value in fit.method.lambdas:  # ascending
         with tempfile.TemporaryDirectory(prefix="tallstore-") as scratch:
-            job.write(Path(scratch), fit.with_lambdas(dict.fromkeys(fit.lambdas, value)), {}, {})
+            with files.writing(Path(scratch)):
+                job.write(Path(scratch), fit.with_lambdas(dict.fromkeys(fit.lambdas, value)), {}, {})
             for task, score in job.evaluate(Path(scratch), evaluate).items():
                 if task not in best or score > best[task]:
                     best[task], chosen[task] = score, value

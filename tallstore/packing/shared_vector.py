@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -115,4 +116,6 @@ def _scratch(numel: int, dtype: SharedDtype, directory: Path) -> Tensor:
     if nbytes <= _IN_MEMORY_NBYTES:
         return torch.empty(numel, dtype=code_dtype, device="cpu")
     with tempfile.TemporaryFile(dir=directory) as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, nbytes)  # a full disk is an error here, and under a mapping a crash
         return torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=(nbytes,))).view(code_dtype)

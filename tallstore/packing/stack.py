@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -57,8 +57,13 @@ def examine(base: Checkpoint, base_name: str, part: Part) -> Examined:
     sum_squares = sum_magnitudes = 0.0
     for start in range(0, part.numel, CHUNK_NUMEL):
         stop = min(start + CHUNK_NUMEL, part.numel)
-        vector = _finite_task_vector(base, base_name, part, start, stop)
-        sum_squares += torch.linalg.vector_norm(vector, dtype=torch.float64).item() ** 2
+        reference, finetuned = base.read(base_name, start, stop), part.expert.checkpoint.read(part.name, start, stop)
+        vector = task_vector(reference, finetuned)
+        norm = torch.linalg.vector_norm(vector, dtype=torch.float64).item()
+        if not math.isfinite(norm):
+            _refuse_non_finite(part, reference, finetuned, start)
+            return Examined(replace(part, whole_because="its task vector is beyond float32"), False, None)
+        sum_squares += norm**2
         sum_magnitudes += torch.linalg.vector_norm(vector, ord=1, dtype=torch.float64).item()
     return Examined(part, False, TaskStatistics(part.numel, sum_squares, sum_magnitudes))
 
@@ -72,19 +77,6 @@ def trimmable_chunks(base: Checkpoint, base_name: str, part: Part) -> Iterator[T
         stop = min(start + CHUNK_NUMEL, part.numel)
         vector = task_vector(base.read(base_name, start, stop), part.expert.checkpoint.read(part.name, start, stop))
         yield torch.nan_to_num_(vector, nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def _finite_task_vector(base: Checkpoint, base_name: str, part: Part, start: int, stop: int) -> Tensor:
-    """Elements [start, stop) of a part's task vector.
-
-    Raises:
-        NonFiniteError: one of them is NaN or infinite.
-    """
-    reference = base.read(base_name, start, stop)
-    vector = task_vector(reference, part.expert.checkpoint.read(part.name, start, stop))
-    if not math.isfinite(torch.linalg.vector_norm(vector, dtype=torch.float64).item()):
-        raise _non_finite(part, reference, start)
-    return vector
 
 
 def _is_same(base: Checkpoint, base_name: str, part: Part) -> bool:
@@ -112,14 +104,14 @@ def cast(elements: Tensor, dtype: torch.dtype) -> Tensor:
     return converted
 
 
-def _non_finite(part: Part, base: Tensor, start: int) -> NonFiniteError:
-    finetuned = part.expert.checkpoint.read(part.name, start, start + base.numel())
-    wrong = torch.nonzero(~(torch.isfinite(finetuned.float()) & torch.isfinite(base.float())))
-    at = f"element {start + int(wrong[0])}" if len(wrong) else "a difference from the base"
-    return NonFiniteError(
-        part.expert.where,
-        f"tensor {part.name!r} has NaN or infinity ({at}); keep it whole with private={part.name!r}, or mend the weights",
-    )
+def _refuse_non_finite(part: Part, reference: Tensor, finetuned: Tensor, start: int) -> None:
+    wrong = torch.nonzero(~(torch.isfinite(finetuned) & torch.isfinite(reference)))
+    if len(wrong):
+        raise NonFiniteError(
+            part.expert.where,
+            f"tensor {part.name!r} has NaN or infinity (element {start + int(wrong[0])}, here or in the base); "
+            f"keep it whole with private={part.name!r}, or mend the weights",
+        )
 
 
 @dataclass(frozen=True)

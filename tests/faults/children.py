@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import tallstore
+from tallstore import files
 
 _CONTEXT = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
 if os.name == "posix":
@@ -62,15 +63,15 @@ class Outcome:
 class Child:
     """A process that runs a job."""
 
-    def __init__(self, job: Job, before: Callable[..., None] | None = None, *arguments: object) -> None:
+    def __init__(self, job: Job, *conditions: Callable[[], None]) -> None:
         """Start it.
 
         Args:
             job: what to run.
-            before: called with *arguments* in the child before the job; a function of a module.
+            conditions: called in the child before the job; functions of a module, or partials of them.
         """
         self._receiver, sender = _CONTEXT.Pipe(duplex=False)
-        self.process: BaseProcess = _CONTEXT.Process(target=_run, args=(job, sender, before, arguments))
+        self.process: BaseProcess = _CONTEXT.Process(target=_run, args=(job, sender, conditions))
         self.process.start()
         sender.close()
 
@@ -99,10 +100,10 @@ class Child:
         return Outcome(exit_code, error, events)
 
 
-def _run(job: Job, sender: Connection, before: Callable[..., None] | None, arguments: tuple[object, ...]) -> None:
+def _run(job: Job, sender: Connection, conditions: Iterable[Callable[[], None]]) -> None:
     sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115 - as long as the process lives
-    if before is not None:
-        before(*arguments)
+    for condition in conditions:
+        condition()
     sender.send("packing")
     _COUNTER.start()
     error: tuple[type[BaseException], str] | None = None
@@ -144,12 +145,17 @@ _COUNTER = _Counter()
 
 
 def stop_at(event: int, number: signal.Signals) -> None:
-    """For `Child(before=…)`: the child gets a signal just before that event."""
+    """A condition: the child gets a signal just before that event."""
     _COUNTER.stop_at(event, number)
 
 
 def limit_file_size(nbytes: int) -> None:
-    """For `Child(before=…)`: no file may become larger, as on a disk that is full."""
+    """A condition: no file may become larger, as on a disk that is full."""
     import resource  # noqa: PLC0415 - POSIX only
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def without_exchange() -> None:
+    """A condition: a file system on which two directories cannot change places in one step."""
+    files._exchange = lambda _first, _second: False

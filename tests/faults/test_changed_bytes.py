@@ -29,8 +29,7 @@ class Specimen:
         base: what loading it needs; None where the base is embedded.
         weights: of every task.
         content: the bytes of every file that may not change, by its path in the bundle.
-        turns: at most how many bytes of a file the ordinary run looks at; a bundle that is looked at in full has smaller
-            files than that.
+        turns: at most how many bytes of a file the ordinary run looks at; more than its files have is all of them.
     """
 
     path: Path

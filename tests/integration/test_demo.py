@@ -17,6 +17,7 @@ import tallstore
 from tallstore.demo import DemoReport, TaskScore, main, run_demo
 from tallstore.demo.digits import Task, load_digits, make_tasks
 from tallstore.demo.model import ModelConfig, VisionTransformer
+from tallstore.demo.run import _program
 from tallstore.demo.training import Phase, Recipe, finetune, predict, pretrain
 
 TASKS = ["parity", "above-four", "rotated", "inverted", "permuted", "noisy"]
@@ -157,8 +158,24 @@ def test_tables_read_well_at_any_width(width, tmp_path):
     assert all(len(line) <= width for line in text.splitlines())
 
 
+def test_commands_to_try_can_be_called_without_activating_the_environment(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path / ".venv" / "bin"))
+    assert _program() == f"{sys.executable} -m tallstore"
+    script = tmp_path / ".venv" / "bin" / "tallstore"
+    script.parent.mkdir(parents=True)
+    script.touch(mode=0o755)
+    assert _program() == "tallstore"
+    monkeypatch.setenv("PATH", "")
+    assert _program() == ".venv/bin/tallstore"
+    monkeypatch.chdir("/")
+    assert _program() == str(script)
+
+
 @pytest.mark.slow
-def test_the_whole_demo_as_people_run_it(tmp_path):
+def test_the_whole_demo_as_people_run_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("tallstore.demo.run._program", lambda: "tallstore")
     console = Console(width=100, record=True)
     out = tmp_path / "with a space"
     report = main(out, console=console, progress=Console(quiet=True))

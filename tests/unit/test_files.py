@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import signal
@@ -111,8 +112,10 @@ def test_an_error_leaves_nothing_behind(tmp_path, failure, there_before):
         assert entries(tmp_path) == []  # nor the folders that were made for it
 
 
-@pytest.mark.parametrize("failure", [OSError("broken"), KeyboardInterrupt()])
-def test_an_error_while_it_is_put_in_place_leaves_the_old_one(tmp_path, monkeypatch, failure):
+@pytest.mark.parametrize(
+    ("failure", "raised"), [(OSError(errno.EIO, "broken"), OutputError), (KeyboardInterrupt(), KeyboardInterrupt)]
+)
+def test_an_error_while_it_is_put_in_place_leaves_the_old_one(tmp_path, monkeypatch, failure, raised):
     target = tmp_path / "bundle"
     target.mkdir()
     (target / "old").write_bytes(b"old")
@@ -121,7 +124,7 @@ def test_an_error_while_it_is_put_in_place_leaves_the_old_one(tmp_path, monkeypa
         raise failure
 
     monkeypatch.setattr(files, "_exchange", fail)
-    with pytest.raises(type(failure)), staged_directory(target) as staging:
+    with pytest.raises(raised), staged_directory(target) as staging:
         write_file(staging / "new", b"new")
     assert entries(tmp_path) == ["bundle"]
     assert entries(target) == ["old"]

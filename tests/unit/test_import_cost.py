@@ -35,4 +35,3 @@ def test_the_format_layer_imports_no_torch():
 
 def test_an_error_and_the_version_import_no_torch():
     assert "torch" not in imported_by("from tallstore import TallstoreError, __version__")
-

@@ -362,6 +362,7 @@ def test_a_wrong_value_in_a_table_is_refused_at_its_place(path, value, place):
         (("tensors", 0, "shape"), [10**400]),
         (("tensors", 0, "name"), "x" * 1025),
         (("name",), "x" * 257),
+        (("shards",), [SHARD] * 100_000),
     ],
 )
 def test_what_is_over_a_limit_is_refused(path, value):

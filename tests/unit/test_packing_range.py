@@ -93,3 +93,13 @@ def test_where_base_and_expert_agree_in_an_element_the_expert_has_the_bases_bits
     packed = pack(base, experts, tmp_path / "bundle")
     assert packed.kinds("a")["w"] == "signed"
     assert_same({"w": packed.states["a"]["w"][:40]}, {"w": base["w"][:40]})
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float64, 1e300), (torch.float32, 3e38), (torch.bfloat16, 3e38)])
+def test_a_task_vector_beyond_float32_is_whole(tmp_path, dtype, value):
+    base = {"w": torch.full((80, 60), value, dtype=dtype), "v": normal(80, 60, seed=1)}
+    experts = {task: {"w": -base["w"], "v": moved(base["v"], seed)} for seed, task in enumerate("ab", start=1)}
+    for method in (SignedMask(), TallMask.published()):
+        packed = pack(base, experts, tmp_path / method.name, method=method)
+        assert packed.whole("a") == {"w": "its task vector is beyond float32"}
+        assert_same(packed.states["a"], experts["a"], "w")

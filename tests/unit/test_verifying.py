@@ -403,6 +403,53 @@ def test_every_flipped_byte_is_found(bundle):
         path.write_bytes(raw)
 
 
+VALUES = [
+    None,
+    True,
+    -1,
+    0,
+    3,
+    1 << 20,
+    1 << 62,
+    1 << 63,
+    0.5,
+    -0.0,
+    1e300,
+    "",
+    "w",
+    "pooled",
+    "I8",
+    [],
+    [1 << 30] * 2,
+    {},
+]
+
+
+def places(node, path=()):
+    for key in list(node) if isinstance(node, dict) else range(len(node)):
+        yield (*path, key)
+        if isinstance(node[key], dict | list):
+            yield from places(node[key], (*path, key))
+
+
+@pytest.mark.parametrize("table", ["base.json", "groups/g0001/group.json", "tasks/cars/task.json"])
+def test_no_table_however_wrong_is_an_accident(bundle, table):
+    """Any value anywhere, in a bundle whose hashes are right: problems, and no other exception."""
+    random = np.random.default_rng(1)
+    original = (bundle / table).read_bytes()
+    for _ in range(40):
+        document = msgspec.json.decode(original)
+        spots = list(places(document))
+        *parents, last = spots[random.integers(len(spots))]
+        node = document
+        for key in parents:
+            node = node[key]
+        node[last] = VALUES[random.integers(len(VALUES))]
+        (bundle / table).write_bytes(msgspec.json.encode(document))
+        reseal(bundle)
+        assert all(str(problem) for problem in verify(bundle))
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -443,10 +490,12 @@ def test_the_base_is_always_due(bundle):
     assert found(bundle) == [("FILE-4", "base.json"), ("FILE-4", "base/model.safetensors")]
 
 
-def test_a_group_of_which_something_is_here_must_be_whole(bundle):
-    shutil.rmtree(bundle / "tasks")
+def test_a_group_that_no_task_here_needs_may_be_half_here(bundle):
+    shutil.rmtree(bundle / "tasks/cars")
     (bundle / MERGED).unlink()
     assert found(bundle) == [("FILE-4", MERGED)]
+    shutil.rmtree(bundle / "tasks/mnist")
+    assert verify(bundle) == []
 
 
 def test_files_that_nobody_lists_are_found_wherever_they_are(bundle):

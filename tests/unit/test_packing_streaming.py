@@ -1,0 +1,200 @@
+"""What is streamed in pieces is what would be packed in one: every path of large tensors, forced upon small ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tallstore import SignedMask, TallMask
+from tallstore.checkpoints import open_checkpoint
+from tallstore.packing.plan import name_experts, parts_by_base_name
+from tallstore.packing.stack import Span, Stack, examine
+from tests.packing_cases import assert_same, base_model, contents, experts_of, forced, normal, pack, tuned
+
+METHODS = [SignedMask(), TallMask(), TallMask.published(), TallMask(merge="mean")]
+PATHS = {
+    "small tiles": {"tile": 500, "smallest_tile": 500},
+    "one row a tile": {"tile": 60, "smallest_tile": 60},
+    "pieces of rows": {"tile": 100, "smallest_tile": 40, "longest_row": 1},
+    "read again": {"kept": 0},
+    "scratch on disk": {"in_memory": 0},
+    "all at once": {"tile": 300, "smallest_tile": 300, "longest_row": 15, "kept": 0, "in_memory": 0},
+}
+
+
+def model():
+    """Whole rows, a row of its own, and rows longer than any tile."""
+    base = base_model()
+    return {name: base[name] for name in ("block.kernel", "block.weight", "norm.weight", "head.bias")}
+
+
+def resized_experts(base):
+    """Two that cut rows off and one that added some: other tasks cover other rows."""
+    experts = experts_of(base)
+    experts["a"] = {name: tensor[: tensor.shape[0] * 9 // 10] for name, tensor in experts["a"].items()}
+    experts["b"] = {name: torch.cat([tensor, tensor[:3]]) for name, tensor in experts["b"].items()}
+    experts["c"] = {name: tensor[: tensor.shape[0] * 19 // 20] for name, tensor in experts["c"].items()}
+    return experts
+
+
+# --- the same bundle --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("method", METHODS, ids=["signed", "sum", "ties", "mean"])
+def test_the_bundle_is_the_same_byte_for_byte(tmp_path, monkeypatch, method, path):
+    base = model()
+    experts = experts_of(base)
+    pack(base, experts, tmp_path / "whole", method=method)
+    forced(monkeypatch, **PATHS[path])
+    pack(base, experts, tmp_path / "pieces", method=method)
+    whole, pieces = contents(tmp_path / "whole"), contents(tmp_path / "pieces")
+    if method.kind == "signed" or "tile" not in PATHS[path]:
+        assert pieces == whole
+    else:  # but for the estimates of other methods, which are taken from some of the tiles
+        differ = {name for name in whole if whole[name] != pieces[name]}
+        assert differ <= {"tallstore.json", *(f"tasks/{task}/task.json" for task in experts)}
+        assert whole.keys() == pieces.keys()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("method", [SignedMask(), TallMask()], ids=["signed", "sum"])
+def test_resized_tensors_are_the_same_too(tmp_path, monkeypatch, method, path):
+    base = model()
+    experts = resized_experts(base)
+    whole = pack(base, experts, tmp_path / "whole", method=method)
+    forced(monkeypatch, **PATHS[path])
+    pieces = pack(base, experts, tmp_path / "pieces", method=method)
+    for task in experts:
+        assert_same(pieces.states[task], whole.states[task])
+        assert pieces.kinds(task) == whole.kinds(task)
+    for name, digest in contents(tmp_path / "whole").items():
+        if name.endswith(".safetensors"):
+            assert contents(tmp_path / "pieces")[name] == digest
+
+
+@pytest.mark.parametrize("merged_dtype", ["float32", "bfloat16", "float16", "int8", "log4"])
+def test_every_shared_dtype_in_pieces_of_rows_and_on_disk(tmp_path, monkeypatch, merged_dtype):
+    base = model()
+    experts = experts_of(base)
+    pack(base, experts, tmp_path / "whole", merged_dtype=merged_dtype)
+    forced(monkeypatch, **PATHS["all at once"])
+    pack(base, experts, tmp_path / "pieces", merged_dtype=merged_dtype)
+    assert contents(tmp_path / "pieces") == contents(tmp_path / "whole")
+    assert not [path for path in (tmp_path / "pieces").rglob("*") if "tmp" in path.name]
+
+
+def test_overflow_in_a_late_piece_leaves_no_trace_of_the_earlier_ones(tmp_path, monkeypatch):
+    forced(monkeypatch, tile=300, smallest_tile=300)
+    base = {"w": normal(80, 60).half(), "x": normal(80, 60, seed=1).half()}
+    base["w"][-1] = 63400.0
+    base["w"][-1, 30:] = 59000.0
+    experts = {}
+    for seed, (task, first, second) in enumerate([("down", -5500, -2000), ("up", 2000, 5500)], start=1):
+        expert = experts[task] = tuned(base, seed)
+        expert["w"][-1] = base["w"][-1] + first
+        expert["w"][-1, 30:] = base["w"][-1, 30:] + second
+    packed = pack(base, experts, tmp_path / "bundle", method=SignedMask(0))
+    assert packed.whole("down") == {}
+    assert packed.whole("up") == {"w": "its reconstruction overflows F16"}
+    assert_same(packed.states["up"], experts["up"], "w")
+
+
+def test_a_tensor_of_several_chunks_and_a_row_across_them(tmp_path):
+    """Chunks of 2^20 elements, and rows that do not end where they do."""
+    base = {"w": normal(3, 400_001)}
+    experts = {task: tuned(base, seed) for seed, task in enumerate("ab", start=1)}
+    packed = pack(base, experts, tmp_path / "bundle")
+    for task, expert in experts.items():
+        tau, step = expert["w"] - base["w"], packed.states[task]["w"] - base["w"]
+        for row in range(3):
+            assert torch.dot(step[row].double(), tau[row].double()) / (tau[row].double() ** 2).sum() == pytest.approx(
+                1, abs=0.01
+            )
+
+
+# --- spans and tiles --------------------------------------------------------------------------------------------------
+
+
+def stack_of(base, *experts):
+    opened = open_checkpoint({"w": base})
+    named = name_experts(opened, {str(n): open_checkpoint({"w": expert}) for n, expert in enumerate(experts)}, {})
+    parts = parts_by_base_name(opened, named, ())["w"]
+    stack = Stack(opened, "w", [examine(opened, "w", part) for part in parts])
+    for position in range(len(parts)):
+        stack.keep(position)
+    return stack
+
+
+def spans(stack):
+    return [(span.start, span.stop, span.row, span.rows) for span in stack.spans]
+
+
+def test_a_small_tensor_is_one_span():
+    base = normal(80, 60)
+    assert spans(stack_of(base, tuned({"w": base}, 1)["w"])) == [(0, 4800, 0, 80)]
+
+
+def test_spans_are_whole_rows(monkeypatch):
+    forced(monkeypatch, tile=400, smallest_tile=150)
+    base = normal(80, 60)
+    experts = [tuned({"w": base}, seed)["w"] for seed in (1, 2)]
+    assert spans(stack_of(base, *experts)) == [(start, start + 180, start // 60, 3) for start in range(0, 4680, 180)] + [
+        (4680, 4800, 78, 2)
+    ]
+
+
+def test_spans_end_where_an_expert_ends():
+    base = normal(150, 40)
+    experts = [tuned({"w": base}, seed)["w"][:rows] for seed, rows in ((1, 120), (2, 150), (3, 140))]
+    stack = stack_of(base, *experts)
+    assert spans(stack) == [(0, 4800, 0, 120), (4800, 5600, 120, 20), (5600, 6000, 140, 10)]
+    tiles = [stack.tile(span) for span in stack.spans]
+    assert [tile.tasks for tile in tiles] == [("0", "1", "2"), ("1", "2"), ("1",)]
+    assert [tile.shared_by for tile in tiles] == [3, 2, 1]
+    assert stack.tile(stack.spans[1], only=2).tasks == ("2",)
+    assert stack.tile(stack.spans[1], only=2).shared_by == 2
+
+
+def test_long_rows_are_cut_and_no_piece_crosses_a_row(monkeypatch):
+    forced(monkeypatch, longest_row=1000, tile=900, smallest_tile=900)
+    base = normal(3, 2000)
+    stack = stack_of(base, tuned({"w": base}, 1)["w"])
+    assert not stack.rows_are_whole
+    expected = [
+        Span(row * 2000 + start, row * 2000 + min(start + 900, 2000), row, 1)
+        for row in range(3)
+        for start in range(0, 2000, 900)
+    ]
+    assert list(stack.spans) == expected
+
+
+def test_a_tensor_of_one_dimension_is_one_row_in_pieces_where_experts_differ_in_length():
+    base = normal(6000)
+    experts = [tuned({"w": base}, seed)["w"][:length] for seed, length in ((1, 5000), (2, 6000))]
+    assert spans(stack_of(base, *experts)) == [(0, 5000, 0, 1), (5000, 6000, 0, 1)]
+
+
+@pytest.mark.parametrize("kept", [0, 1 << 30])
+def test_tiles_are_the_task_vectors(monkeypatch, kept):
+    forced(monkeypatch, tile=700, smallest_tile=700, kept=kept)
+    base = normal(80, 60)
+    experts = [tuned({"w": base}, seed)["w"] for seed in (1, 2, 3)]
+    stack = stack_of(base, *experts)
+    tiles = [stack.tile(span) for span in stack.spans]
+    for position, expert in enumerate(experts):
+        found = torch.cat([tile.task_vectors[position] for tile in tiles])
+        assert torch.equal(found, (expert - base).view(-1))
+        assert stack.statistics[position].sum_squares == pytest.approx(((expert - base).double() ** 2).sum().item())
+
+
+def test_one_tasks_tile_reads_no_other_task(monkeypatch):
+    """A pass over one task costs one task, not all of them."""
+    forced(monkeypatch, kept=0)
+    base = normal(80, 60)
+    stack = stack_of(base, *[tuned({"w": base}, seed)["w"] for seed in (1, 2, 3)])
+    for part in stack.parts[1:]:
+        part.expert.checkpoint.close()
+    assert stack.tile(stack.spans[0], only=0).tasks == ("0",)
+    with pytest.raises(ValueError, match="closed"):
+        stack.tile(stack.spans[0])

@@ -1,0 +1,125 @@
+"""The checks of the tables report everything that is wrong, and the loader the first of it."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+import tallstore
+from tallstore import tables
+from tallstore.bundle_files import BundleFiles
+from tallstore.manifest import GroupTable
+from tallstore.payloads import group_payloads, task_payloads
+from tests.bundle_builder import Bundle, Group, Task, with_tensor
+
+
+def build(root, **edits) -> Bundle:
+    base = {"a": torch.ones(7, 5), "b": torch.ones(13), "ids": torch.arange(3)}
+    group = Group(root, base)
+    group.vector("a", "LOG4", np.zeros(35), steps=[1.0] * 7)
+    group.vector("b", "F16", np.ones(13))
+    task = Task(group, "t")
+    task.signed("a", np.ones(35), gains=[1.0] * 7)
+    task.mask("b", np.ones(13), gain=0.5)
+    task.extended("ids", "same", torch.tensor([4]), 3)
+    task.private("head", torch.ones(2))
+    task.alias("tied", "head")
+    return Bundle(root, base, [group], [task], **edits)
+
+
+def problems(files: BundleFiles, task_changes: dict) -> list[str]:
+    """Rules that the task's table breaks once it is changed."""
+    task = files.task("t")
+    table = msgspec.structs.replace(task.table, **task_changes)
+    found = tables.check_task(table, task.entry, task.base, task.group.vectors, files.files)
+    return [problem.rule for problem in found]
+
+
+@pytest.fixture
+def files(tmp_path):
+    return BundleFiles(build(tmp_path).seal())
+
+
+def test_sound_tables_have_no_problems(files):
+    assert problems(files, {}) == []
+
+
+def test_every_payload_is_listed_under_its_key(files):
+    task = files.task("t")
+    assert {stored.key: stored.numel for stored in task_payloads(task.table)} == {
+        "fields/a": 35,
+        "gains/a": 7,
+        "bits/b": 13,
+        "further/ids": 1,
+        "values/head": 2,
+    }
+    vectors = list(task.group.vectors.values())
+    table = msgspec.structs.replace(_group_table(files), vectors=tuple(vectors))
+    assert {stored.key: stored.numel for stored in group_payloads(table, task.base)} == {
+        "merged/a": 35,
+        "merged.step/a": 7,
+        "merged/b": 13,
+    }
+
+
+def _group_table(files: BundleFiles):
+    return files._read_table("groups/g0001/group.json", GroupTable)
+
+
+def test_all_problems_are_reported(files):
+    table = files.task("t").table
+    a, b, ids, head, tied = table.tensors
+    replace = msgspec.structs.replace
+    tensors = (
+        replace(a, shape=(5, 7), gain=1 / 3, row_axes=2),  # TAB-1, TAB-7 (both), NUM-1, TAB-7 (steps over other axes)
+        replace(b, base="c"),  # TAB-2
+        replace(ids, rows=2),  # TAB-4
+        replace(head, values=None),  # TAB-6
+        replace(tied, of="nothing"),  # TAB-3
+        replace(head),  # TAB-8
+    )
+    found = problems(files, {"tensors": tensors, "name": "other"})
+    expected = ["MAN-4", "MAN-4", "NUM-1", "TAB-1", "TAB-2", "TAB-3", "TAB-4", "TAB-6", "TAB-7", "TAB-7", "TAB-8"]
+    assert sorted(set(found)) == sorted(set(expected))
+    assert found.count("TAB-7") == 2
+
+
+def test_what_needs_a_table_that_cannot_be_read_is_not_checked(files):
+    task = files.task("t")
+    found = tables.check_task(task.table, task.entry, None, None, files.files)
+    assert list(found) == []
+
+
+@pytest.mark.parametrize(
+    ("edits", "rule"),
+    [
+        ({"edit_task": with_tensor("b", shape=(14,))}, "MAN-4"),
+        ({"edit_task": with_tensor("b", dtype="I32")}, "TAB-1"),
+        ({"edit_task": with_tensor("tied", of="b ")}, "TAB-3"),
+        ({"edit_task": with_tensor("b", gain=0.1)}, "NUM-1"),
+        ({"edit_task": with_tensor("b", gain=None)}, "TAB-7"),
+        ({"edit_group": with_tensor("b", tensor="c")}, "TAB-2"),
+        ({"edit_group": with_tensor("b", role="centre")}, "TAB-5"),
+        ({"edit_group": with_tensor("a", step=None)}, "TAB-6"),
+        ({"edit_base": with_tensor("b", chunks=())}, "BASE-2"),
+        ({"edit_base": with_tensor("b", chunks=(), alias_of="b")}, "BASE-3"),
+    ],
+)
+def test_the_loader_refuses_the_first_problem(tmp_path, edits, rule):
+    bundle = tallstore.open_bundle(build(tmp_path, **edits).seal())
+    with pytest.raises(tallstore.FormatError) as caught:
+        bundle.keys("t")
+    assert caught.value.rule == rule
+
+
+def test_a_scale_above_2_to_the_60_is_refused(tmp_path):
+    base = {"a": torch.ones(2, 2)}
+    group = Group(tmp_path, base)
+    group.vector("a", "I8", np.ones(4), steps=[1.0, 2.0**40])
+    task = Task(group, "t")
+    task.mask("a", np.ones(4), gain=2.0**30, expect=False)
+    bundle = tallstore.open_bundle(Bundle(tmp_path, base, [group], [task]).seal())
+    with pytest.raises(tallstore.FormatError, match=r"tensor 'a'.*above 2\^60 \[NUM-3\]"):
+        bundle.state_dict("t")
