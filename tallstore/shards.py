@@ -269,15 +269,21 @@ class LocalFile:
         """
         buffer = np.empty(stop - start, np.uint8)
         done = 0
+        while done < buffer.size:
+            count = self._read_at(start + done, buffer[done:].data)
+            if not count:
+                raise IntegrityError("ST-2", self.where, f"ends at byte {start + done}, before byte {stop}")
+            done += count
         with self._lock:
-            self._file.seek(start)
-            while done < buffer.size:
-                count = self._file.readinto(buffer[done:].data)
-                if not count:
-                    raise IntegrityError("ST-2", self.where, f"ends at byte {start + done}, before byte {stop}")
-                done += count
             self.nbytes_read += done
         return buffer
+
+    def _read_at(self, offset: int, buffer: memoryview) -> int:
+        if hasattr(os, "preadv"):  # a forked process shares the file's position, so none is kept
+            return os.preadv(self._file.fileno(), [buffer], offset)
+        with self._lock:
+            self._file.seek(offset)
+            return self._file.readinto(buffer)
 
     def close(self) -> None:
         """Give the file handle back."""

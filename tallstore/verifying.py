@@ -217,6 +217,8 @@ def _check_unlisted(bundle: _Bundle) -> Problems:
     for folder, folders, names in os.walk(bundle.root):
         folders.sort()
         inside = Path(folder).relative_to(bundle.root)
+        if folder == str(bundle.root):  # what git and the Hub's client keep there
+            folders[:] = [name for name in folders if not name.startswith(".")]
         links = [name for name in folders if (Path(folder) / name).is_symlink()]
         for path in sorted((inside / name).as_posix() for name in names + links):
             # A link in the place of a listed file's directory was reported with the file.

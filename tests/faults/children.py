@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -52,12 +52,12 @@ class Outcome:
     Attributes:
         exit_code: negative for the signal that ended it.
         error: type and message of what was raised; None where nothing was, or where nobody was left to say.
-        events: how often the child asked the system for something that has to do with files.
+        events: what the child asked the system for that has to do with files, as Python's audit hooks call it.
     """
 
     exit_code: int
     error: tuple[type[BaseException], str] | None = None
-    events: int = 0
+    events: tuple[str, ...] = ()
 
 
 class Child:
@@ -87,7 +87,7 @@ class Child:
 
     def outcome(self) -> Outcome:
         """Wait for its end."""
-        said: list[Any] = []
+        said: list[Any] = [(None, ())]
         with contextlib.suppress(EOFError):
             while True:
                 assert self._receiver.poll(_PATIENCE), "the child hangs"
@@ -96,7 +96,7 @@ class Child:
         exit_code = self.process.exitcode
         self._receiver.close()
         self.process.close()
-        error, events = said[-1] if said and said[-1] != "packing" else (None, 0)
+        error, events = said[0] if said[-1] == "packing" else said[-1]
         return Outcome(exit_code, error, events)
 
 
@@ -105,22 +105,23 @@ def _run(job: Job, sender: Connection, conditions: Iterable[Callable[[], None]])
     for condition in conditions:
         condition()
     sender.send("packing")
-    _COUNTER.start()
+    _EVENTS.start()
     error: tuple[type[BaseException], str] | None = None
     try:
         job.run()
     except BaseException as raised:  # noqa: BLE001 - the parent judges what it was
         error = (type(raised), str(raised))
-    sender.send((error, _COUNTER.stop()))
+    sender.send((error, _EVENTS.stop()))
     sys.exit(error is not None)
 
 
-class _Counter:
-    """Counts what a process asks of the file system, and can stop it short at one of these moments."""
+class _Events:
+    """What a process asks of the file system; can stop the process short at one of these moments."""
 
     def __init__(self) -> None:
-        self._count = itertools.count()
-        self._running = False
+        self._heard: list[str] = []
+        self._listens = False
+        self._lock = threading.RLock()  # a signal may be handled inside it
         self._at: int | None = None
         self._signal = signal.SIGTERM
 
@@ -130,23 +131,27 @@ class _Counter:
 
     def start(self) -> None:
         sys.addaudithook(self._hear)
-        self._running = True
+        self._listens = True
 
-    def stop(self) -> int:
-        self._running = False
-        return next(self._count)
+    def stop(self) -> tuple[str, ...]:
+        self._listens = False
+        return tuple(self._heard)
 
     def _hear(self, event: str, _arguments: tuple[object, ...]) -> None:
-        if self._running and event.startswith(_TOUCHES_FILES) and next(self._count) == self._at:
-            os.kill(os.getpid(), self._signal)
+        if self._listens and event.startswith(_TOUCHES_FILES):
+            with self._lock:
+                number = len(self._heard)
+                self._heard.append(event)
+            if number == self._at:
+                os.kill(os.getpid(), self._signal)
 
 
-_COUNTER = _Counter()
+_EVENTS = _Events()
 
 
 def stop_at(event: int, number: signal.Signals) -> None:
     """A condition: the child gets a signal just before that event."""
-    _COUNTER.stop_at(event, number)
+    _EVENTS.stop_at(event, number)
 
 
 def limit_file_size(nbytes: int) -> None:

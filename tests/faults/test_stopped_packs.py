@@ -6,9 +6,12 @@ import functools
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -18,27 +21,31 @@ from tests.faults.children import Child, Job, Outcome, stop_at, without_exchange
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 
-METHOD = {"method": tallstore.TallMask()}
-OF_THE_OLD_ONE = {"method": tallstore.SignedMask()}
-DENSE = 40  # events from the end, where the bundle is put in its place, that the ordinary run stops at one by one
-SPARSE = 5  # before them, every how many
+NEW: Mapping[str, Any] = {"method": tallstore.SignedMask()}
+OLD: Mapping[str, Any] = {"method": tallstore.TallMask()}
+# File operations that the ordinary run stops at: every seventh, and all that take or change a place.
+EVERY, DECISIVE = 7, {"os.rename", "fcntl.flock", "ctypes.dlsym", "shutil.rmtree"}
+
+
+class Specimens(NamedTuple):
+    """Inputs, and the bundles that two methods make of them."""
+
+    inputs: tuple[Path, Mapping[str, Path]]
+    new: Path
+    old: Path
 
 
 class Place:
     """A directory with a bundle in it, or room for one, and a pack that is to go there."""
 
-    def __init__(self, inputs: tuple[Path, Mapping[str, Path]], root: Path, *, there: bool, exchange: bool = True):
+    def __init__(self, specimens: Specimens, root: Path, *, there: bool, exchange: bool = True):
         self.out = root / "place" / "bundle"
-        self.job = Job(*inputs, self.out, {**METHOD, "overwrite": there})
+        self.job = Job(*specimens.inputs, self.out, {**NEW, "overwrite": there})
         self.conditions = () if exchange else (without_exchange,)
         self.may_be_missing = not there or not exchange
-        new = Job(*inputs, root / "new", METHOD)
-        new.run()
-        self.new, self.old, self.old_bundle = digests(new.out), None, None
-        if there:
-            old = Job(*inputs, root / "old", OF_THE_OLD_ONE)
-            old.run()
-            self.old, self.old_bundle = digests(old.out), old.out
+        self.new = digests(specimens.new)
+        self.old = digests(specimens.old) if there else None
+        self.old_bundle = specimens.old if there else None
 
     def begin(self) -> None:
         """As it is before the pack."""
@@ -52,14 +59,14 @@ class Place:
         self.begin()
         return Child(self.job, *self.conditions, functools.partial(stop_at, event, number)).outcome()
 
-    def events(self) -> list[int]:
-        """Every event of a pack that is not stopped, the end of it included."""
+    def events(self) -> list[str]:
+        """Every event of a pack that is not stopped."""
         self.begin()
         outcome = Child(self.job, *self.conditions).outcome()
         assert outcome.exit_code == 0, outcome.error
         assert digests(self.out) == self.new
-        assert outcome.events > 2 * DENSE
-        return list(range(outcome.events + 1))
+        assert set(outcome.events) >= {"open", "os.rename"}
+        return list(outcome.events)
 
     def is_whole(self) -> bool:
         """Whether what is there may be there: the new bundle, the old one, or none."""
@@ -67,31 +74,46 @@ class Place:
 
     def pack_again(self) -> None:
         """The next pack succeeds, and leaves nothing beside the bundle."""
-        Job(self.job.base, self.job.experts, self.out, {**METHOD, "overwrite": True}).run()
+        Job(self.job.base, self.job.experts, self.out, {**NEW, "overwrite": True}).run()
         assert digests(self.out) == self.new
         assert names(self.out.parent) == ["bundle"]
 
 
-def sampled(events: list[int]) -> list[int]:
-    """Those of the ordinary run."""
-    return events[:-DENSE:SPARSE] + events[-DENSE:]
+def some(events: Sequence[str]) -> list[int]:
+    """Those of the ordinary run, one after the last of all among them."""
+    return [n for n, event in enumerate(events) if n % EVERY == 0 or event in DECISIVE] + [len(events)]
+
+
+def all_of(events: Sequence[str]) -> list[int]:
+    return list(range(len(events) + 1))
+
+
+def specimens(root: Path, inputs: tuple[Path, Mapping[str, Path]]) -> Specimens:
+    for name, options in (("new", NEW), ("old", OLD)):
+        Job(*inputs, root / name, options).run()
+        assert tallstore.verify(root / name) == []
+    return Specimens(inputs, root / "new", root / "old")
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    return small_inputs(tmp_path_factory.mktemp("small"))
+    root = tmp_path_factory.mktemp("small")
+    (root / "inputs").mkdir()
+    return specimens(root, small_inputs(root / "inputs"))
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """Experts of 32 MB, which take long enough to pack for a random moment to be in the midst of it."""
-    return large_inputs(tmp_path_factory.mktemp("large"), tensors=8, numel=1 << 20)
+    """Experts of 21 MB, which take long enough to pack for a random moment to be in the midst of it."""
+    root = tmp_path_factory.mktemp("large")
+    (root / "inputs").mkdir()
+    return specimens(root, large_inputs(root / "inputs", tensors=20, numel=1 << 18))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def inputs_are_not_modified(small, large):
     """Whatever these tests do."""
-    roots = [base.parent for base, _ in (small, large)]
+    roots = [specimens.inputs[0].parent for specimens in (small, large)]
     before = [digests(root) for root in roots]
     yield
     assert [digests(root) for root in roots] == before
@@ -105,33 +127,28 @@ def place(small, tmp_path, request):
     return Place(small, tmp_path, **request.param)
 
 
-@pytest.mark.parametrize("choose", [sampled, pytest.param(list, marks=pytest.mark.slow)])
-def test_killed_just_before_any_file_operation(place, choose):
-    for event in choose(place.events()):
-        outcome = place.stop(event, signal.SIGKILL)
-        assert place.is_whole(), f"event {event}"
-        if outcome.exit_code == 0:
-            break
-        assert outcome.exit_code == -signal.SIGKILL
+@pytest.mark.parametrize("choose", [some, pytest.param(all_of, marks=pytest.mark.slow)])
+def test_killed_just_before_a_file_operation(place, choose):
+    """The bundle is the new one, the old one or none; the next pack succeeds and cleans up."""
+    *before, end = choose(place.events())
+    for event in before:
+        assert place.stop(event, signal.SIGKILL).exit_code == -signal.SIGKILL
+        assert place.is_whole(), f"event {event} of {end}"
         place.pack_again()
-    else:
-        pytest.fail("no pack was left to finish")
+    assert place.stop(end, signal.SIGKILL).exit_code == 0
 
 
-@pytest.mark.parametrize("choose", [sampled, pytest.param(list, marks=pytest.mark.slow)])
-def test_interrupted_just_before_any_file_operation(place, choose):
+@pytest.mark.parametrize("choose", [some, pytest.param(all_of, marks=pytest.mark.slow)])
+def test_interrupted_just_before_a_file_operation(place, choose):
     """Ctrl-C leaves nothing behind, not even what the next pack would remove."""
-    for event in choose(place.events()):
+    *before, end = choose(place.events())
+    for event in before:
         outcome = place.stop(event, signal.SIGINT)
-        assert place.is_whole(), f"event {event}"
-        assert names(place.out.parent) in ([], ["bundle"]), f"event {event}"
-        assert place.out.exists() or place.old is None, f"event {event}"
-        if outcome.exit_code == 0:
-            break
-        assert outcome.error is not None
-        assert outcome.error[0] is KeyboardInterrupt, f"event {event}"
-    else:
-        pytest.fail("no pack was left to finish")
+        assert outcome.error == (KeyboardInterrupt, ""), f"event {event} of {end}"
+        assert place.is_whole(), f"event {event} of {end}"
+        assert names(place.out.parent) in ([], ["bundle"]), f"event {event} of {end}"
+        assert place.out.exists() or place.old is None, f"event {event} of {end}"
+    assert place.stop(end, signal.SIGINT).exit_code == 0
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["a free place", "over a bundle"])
@@ -156,3 +173,21 @@ def test_killed_at_any_time(large, tmp_path, there, kills):
     assert killed > kills // 3
     place.pack_again()
     assert tallstore.verify(place.out) == []
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["a free place", "over a bundle"])
+def test_an_interrupted_command_says_one_line_and_leaves_nothing(large, tmp_path, there):
+    place = Place(large, tmp_path, there=there)
+    place.begin()
+    base, experts = large.inputs
+    named = [f"--expert={name}={path}" for name, path in experts.items()]
+    command = [sys.executable, "-m", "tallstore", "pack", f"--base={base}", *named, f"--out={place.out}", "--overwrite"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    staging = place.out.parent / ".bundle.partial"
+    while not staging.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    printed, complaint = process.communicate(timeout=60)
+    assert (process.returncode, printed, complaint) == (130, "", "interrupted\n")
+    assert names(place.out.parent) == (["bundle"] if there else [])
+    assert place.is_whole()

@@ -169,7 +169,9 @@ def test_commands_to_try_can_be_called_without_activating_the_environment(tmp_pa
     assert _program() == "tallstore"
     monkeypatch.setenv("PATH", "")
     assert _program() == ".venv/bin/tallstore"
-    monkeypatch.chdir("/")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
     assert _program() == str(script)
 
 

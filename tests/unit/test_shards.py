@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 
 import numpy as np
@@ -590,3 +591,21 @@ def test_a_bomb_in_a_chunk_is_refused(tmp_path):
     entries = {**ENTRIES, "values/w": entry(0, stop), "index": entry(stop, stop + 32, shape=[1, 32])}
     shard = handmade(tmp_path, entries=entries, data=data)
     assert refused(lambda: read(shard, codec="zstd")) == "COD-1"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # Python 3.12 warns of threads
+def test_a_forked_process_reads_what_it_asks_for(tmp_path):
+    """Both sides of a fork share the file: neither may depend on its position."""
+    path = tmp_path / "numbers"
+    path.write_bytes(bytes(range(256)) * 4096)
+    file = LocalFile(path, "numbers")
+    child = os.fork()
+    right = all(
+        bytes(file.read(at, at + 3)) == bytes((at % 256, (at + 1) % 256, (at + 2) % 256)) for at in range(20_000)
+    )
+    if child == 0:
+        os._exit(0 if right else 1)
+    file.close()
+    assert right
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

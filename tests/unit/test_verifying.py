@@ -271,6 +271,14 @@ def test_a_name_that_is_not_utf_8_can_be_shown(bundle):
     assert found(bundle) == [("FILE-3", "\\xff")]
 
 
+def test_directories_of_other_programs_are_left_alone(bundle):
+    """A clone keeps .git at the top, the Hub's client .cache; the same names further down are strays."""
+    for place in (".git", ".cache", "tasks/.git"):
+        (bundle / place).mkdir()
+        (bundle / place / "HEAD").write_text("ref")
+    assert found(bundle) == [("FILE-3", "tasks/.git/HEAD")]
+
+
 # --- every problem, not the first -------------------------------------------------------------------------------------
 
 
