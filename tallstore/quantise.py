@@ -1,6 +1,7 @@
 """How the float32 values of a shared vector become the codes that are stored, and what those codes stand for.
 
-Rows are stored with a step each (I8, LOG4) or plainly (F32, BF16, F16). Every function works on whole rows or on a part of one.
+Rows are stored with a step each (I8, LOG4) or plainly (F32, BF16, F16). Every function works on whole rows or on a part
+of one.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ _LOG4 = torch.tensor(LOG4_VALUES, dtype=torch.float32)
 def _log4_codes() -> NDArray[np.uint8]:
     """The log4 code of a ratio from 0 to 2, by the upper 16 bits below its sign.
 
-    The nearer value is taken, the larger on a tie. Values are multiples of 1/256 of a power of two, and so are the midpoints
-    between them: 8 exponent and 8 mantissa bits decide exactly.
+    The nearer value is taken, the larger on a tie. Values have 8 significant bits, and the midpoints between them 9:
+    8 exponent and 8 mantissa bits decide exactly.
     """
     ratios = (np.arange(1 << 16, dtype=np.uint32) << np.uint32(15)).view(np.float32)
     ascending = np.array(LOG4_VALUES[::-1], np.float32)
@@ -50,8 +51,8 @@ def quantise(merged: Tensor, step: Tensor | None, dtype: SharedDtype) -> Tensor:
     """Codes of *merged*, float32 [rows, length], with *step* float32 [rows, 1] for I8 and LOG4.
 
     Returns:
-        uint8 [rows, length] of log4 codes, int8 codes, or the values themselves in the shared dtype. A row whose step is 0
-        has codes that stand for 0 whatever they are.
+        uint8 [rows, length] of log4 codes, int8 codes, or the values themselves in the shared dtype. A row whose step
+        is 0 has codes that stand for 0 whatever they are.
     """
     if step is None:
         tiny = merged.abs() < SMALLEST

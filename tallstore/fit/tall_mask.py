@@ -4,8 +4,8 @@
     mask_t = |tau_t| > mask_lambda * |merged - tau_t|          equation 4, strict as in the authors' code
     expert_t = base + gain_t * mask_t * merged
 
-Masks are computed from the merged vector as stored; where that is zero they are cleared. The authors use gain 1; scaled so
-that its projection on tau_t is one, the same form keeps far more of the expert (`gain="one"`, the default).
+Masks are computed from the merged vector as stored; where that is zero they are cleared. The authors use gain 1; scaled
+so that its projection on tau_t is one, the same form keeps far more of the expert (`gain="one"`, the default).
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ class TallMask:
     Args:
         mask_lambda: larger values give thinner masks. A sequence (the paper's grid is 0.2, 0.3, 0.4, 0.5, 0.6) needs
             `pack(evaluate=…)`, which chooses the best for each task, the smaller on a tie.
-        merge: how task vectors become the merged vector: "sum", "ties" (the largest 20 % a task, disjoint sum) or "mean".
-        gain: "one" scales each tensor's reconstruction so that its projection on the task vector is one; "published" is 1.
+        merge: how task vectors become the merged vector: "sum", "ties" (the largest 20 % a task, disjoint sum) or
+            "mean".
+        gain: "one" scales each tensor's reconstruction so that its projection on the task vector is one; "published"
+            is 1.
     """
 
     mask_lambda: float | Sequence[float] = 1.0

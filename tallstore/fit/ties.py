@@ -2,7 +2,7 @@
 
     trim:    keep the largest 20 % of magnitudes of a task over ALL its parameters together, ties included
     elect:   gamma = sign(sum over tasks of the trimmed values)
-    merge:   sum over tasks of the trimmed values whose sign is gamma   (the "disjoint sum" of nik-dim/tall_masks d10af8b)
+    merge:   sum over tasks of the trimmed values whose sign is gamma  ("disjoint sum" of nik-dim/tall_masks d10af8b)
 
 Where trimmed values cancel exactly the elected sign is 0 and nothing is merged, as the paper's formula has it.
 """
@@ -23,7 +23,8 @@ _LOW_BITS = 15
 def trim_threshold(chunks: Callable[[], Iterable[Tensor]], kept: float = KEPT) -> float:
     """The smallest magnitude that the trim keeps, exactly, without the vector ever being in memory.
 
-    It is the k-th smallest magnitude for k = d - int(d * kept) (1-based) of d parameters: what is at least as large stays.
+    It is the k-th smallest magnitude for k = d - int(d * kept) (1-based) of d parameters: what is at least as large
+    stays.
     Two passes over *chunks*, each a histogram of 2^16 or 2^15 counts.
 
     Args:

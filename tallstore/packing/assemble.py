@@ -13,9 +13,10 @@ from tallstore import checkpoint_writer, files, layout
 from tallstore import manifest as tables
 from tallstore.checkpoints import Checkpoint, HubRef
 from tallstore.dtypes import CHUNK_NUMEL
+from tallstore.errors import InputError
 from tallstore.files import Written
 from tallstore.fit import Method
-from tallstore.packing.companions import companions
+from tallstore.packing.companions import companions, reading
 from tallstore.packing.fidelity import combine
 from tallstore.packing.group import GroupPacker, TaskProgress
 
@@ -40,7 +41,8 @@ def write_base(base: Checkpoint, root: Path, *, embed: bool) -> dict[str, Writte
             written[f"{layout.BASE_DIRECTORY}/{name}"] = file
         for name, path in companions(base.directory).items():
             if "/" not in name:  # base/ is flat
-                written[f"{layout.BASE_DIRECTORY}/{name}"] = files.write_file(directory / name, path)
+                with reading(path, base.where):
+                    written[f"{layout.BASE_DIRECTORY}/{name}"] = files.write_file(directory / name, path)
     return written
 
 
@@ -81,11 +83,13 @@ def write_task(
     written = {f"{layout.task_directory(slug)}/{name}": file for name, file in by_name.items()}
     carried = []
     for name, source in companions(task.expert.checkpoint.directory).items():
-        file = files.hash_file(source)
-        stored = layout.companion_path(file.sha256)
-        if not (root / stored).exists():
-            (root / stored).parent.mkdir(exist_ok=True)
-            file = files.write_file(root / stored, source)
+        with reading(source, task.expert.where):
+            file = files.hash_file(source)
+            stored = layout.companion_path(file.sha256)
+            if not (root / stored).exists():
+                (root / stored).parent.mkdir(exist_ok=True)
+                if files.write_file(root / stored, source) != file:
+                    raise InputError(task.expert.where, f"{name} was changed while it was read; start again")
         written[stored] = file
         carried.append(tables.CompanionFile(name=name, sha256=file.sha256, size=file.size))
     estimates = {"sign": combine(task.sign), "signed": combine(task.signed)}

@@ -2,8 +2,8 @@
 
     cosine = <R, tau> / (||R|| ||tau||)        gain = <R, tau> / ||tau||^2        R = reconstruction - base
 
-What matters most is the gain: a reconstruction that falls short along the task vector behaves less like the expert than one
-that is noisy across it.
+What matters most is the gain: a reconstruction that falls short along the task vector behaves less like the expert than
+one that is noisy across it.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def sign_estimate(statistics: TaskStatistics) -> Estimated:
 
 
 def signed_estimates(tile: Tile, share: float) -> list[Estimated]:
-    """`SignedMask()` on one tile, which stands for a *share* of its tensor; by task, bits as the entropy of the codes."""
+    """`SignedMask()` on a tile that stands for a *share* of its tensor, by task; bits are the entropy of the codes."""
     magnitudes = [
         vector.abs() / statistics.rms for vector, statistics in zip(tile.task_vectors, tile.statistics, strict=True)
     ]
@@ -99,16 +99,17 @@ def _entropy(density: float) -> float:
 
 
 def combine(estimates: Iterable[Estimated]) -> Estimate | None:
-    """Over all tensors of a task, each at gain one: there ||R||^2 = ||tau||^2 / cosine^2. None where there is nothing."""
-    task_vector = reconstruction = bits = numel = 0.0
-    for estimate in estimates:
-        if estimate.cosine > 0:
-            task_vector += estimate.sum_squares
-            reconstruction += estimate.sum_squares / estimate.cosine**2
-            bits += estimate.bits * estimate.numel
-            numel += estimate.numel
-    if not numel:
+    """Over all tensors of a task, each at gain one: there ||R||^2 = ||tau||^2 / cosine^2. None where there is nothing.
+
+    The sums are exact: the order of the estimates, which come from several threads, does not matter.
+    """
+    counted = [estimate for estimate in estimates if estimate.cosine > 0]
+    if not counted:
         return None
+    task_vector = math.fsum(estimate.sum_squares for estimate in counted)
+    reconstruction = math.fsum(estimate.sum_squares / estimate.cosine**2 for estimate in counted)
+    bits = math.fsum(estimate.bits * estimate.numel for estimate in counted)
+    numel = math.fsum(estimate.numel for estimate in counted)
     return Estimate(cosine=_rounded(math.sqrt(task_vector / reconstruction)), bits=_rounded(bits / numel))
 
 

@@ -1,7 +1,7 @@
 """One group of tasks, fitted and written: its shared vectors, and each task's codes and private tensors.
 
-For each tensor of the base in turn: compare every expert with it, merge what moved, store the merged vector's codes, read the
-masks and gains off the merged vector AS STORED, rebuild, and measure what came of it.
+For each tensor of the base in turn: compare every expert with it, merge what moved, store the merged vector's codes, read
+the masks and gains off the merged vector AS STORED, rebuild, and measure what came of it.
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ from tallstore.packing.stack import Examined, Span, Stack, cast, examine, result
 from tallstore.r13 import r13
 from tallstore.shards import POOLED_NUMEL, ShardWriter
 
-_WIDEST_GAIN = (
-    8.0  # a gain this many times the fit's own scale, or one part in this many, says that the fit degenerated
-)
+_WIDEST_GAIN = 8.0  # a gain this many times the fit's own scale, or one part in this many: the fit degenerated
 
 
 @dataclass(frozen=True)
@@ -98,10 +96,11 @@ class GroupPacker:
         self,
         base: Checkpoint,
         experts: Sequence[Expert],
+        root: Path,
+        *,
         method: Method,
         fit: Fit,
         dtype: SharedDtype,
-        root: Path,
         pool: ThreadPoolExecutor,
     ) -> None:
         """Begin group g0001 in the bundle that is being written at *root*.
@@ -109,9 +108,10 @@ class GroupPacker:
         Args:
             base: the base.
             experts: the group's tasks.
-            method, fit: what was chosen, and it at work.
-            dtype: of the shared vectors.
             root: the bundle's directory, empty.
+            method: what was chosen.
+            fit: the method at work.
+            dtype: of the shared vectors.
             pool: threads to spread tiles and tasks over.
         """
         self._base, self._method, self._fit, self._dtype = base, method, fit, dtype

@@ -90,10 +90,10 @@ class PackReport:
         """A few lines for people."""
         verb = "would pack" if self.dry_run else "packed"
         ratio = self.checkpoints_nbytes / max(1, self.bundle_nbytes)
-        lines = [
+        first = (
             f"{verb} {len(self.tasks)} tasks with {self.method}: {megabytes(self.checkpoints_nbytes)} of checkpoints"
-            f" in {megabytes(self.bundle_nbytes)} ({ratio:.1f} times smaller)"
-        ]
+        )
+        lines = [f"{first} in {megabytes(self.bundle_nbytes)} ({ratio:.1f} times smaller)"]
         for task in self.tasks:
             measured = "nothing coded" if task.cosine is None else f"cosine {task.cosine:.4f}, gain {task.gain:.4f}"
             bits = "" if task.bits is None else f", {task.bits:.2f} bits a parameter"
@@ -106,6 +106,7 @@ def report(
     root: Path,
     manifest: Manifest,
     packed: Sequence[tuple[TaskProgress, TaskTable]],
+    *,
     method: Method,
     dtype: SharedDtype,
     lambdas: Mapping[str, float],
@@ -114,9 +115,11 @@ def report(
 
     Args:
         base: what was packed.
-        root, manifest: of the bundle.
+        root: the bundle's directory.
+        manifest: the bundle's.
         packed: for each task, what was written of it.
-        method, dtype: how.
+        method: how it was fitted.
+        dtype: of the shared vectors.
         lambdas: by task, where they were chosen.
     """
     sizes = _sizes(root, manifest)
@@ -199,7 +202,5 @@ def _advice(method: Method, tasks: tuple[PackedTask, ...]) -> tuple[str, ...]:
     other_cosine = mean([task.estimates["signed"].cosine for task in measured])
     if other_bits >= bits or other_cosine <= cosine:
         return ()
-    return (
-        f"SignedMask() would be smaller and truer here: about {other_bits:.2f} bits a parameter at cosine"
-        f" {other_cosine:.3f}, against {bits:.2f} at {cosine:.3f}",
-    )
+    theirs, ours = f"{other_bits:.2f} bits a parameter at cosine {other_cosine:.3f}", f"{bits:.2f} at {cosine:.3f}"
+    return (f"SignedMask() would be smaller and truer here: about {theirs}, against {ours}",)

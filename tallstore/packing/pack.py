@@ -66,9 +66,9 @@ def pack(
 ) -> PackReport:
     """Pack fine-tunes of one base into a bundle at *out*.
 
-    Tensors that equal the base's cost nothing; those that cannot be coded (integers, small ones, ones that the base does
-    not have) are stored whole, bit for bit, and the report lists them. The bundle appears in one step, complete; on any
-    error, and on Ctrl-C, *out* is as it was. Inputs are never modified.
+    Tensors that equal the base's cost nothing; those that cannot be coded (integers, small ones, ones that the base
+    does not have) are stored whole, bit for bit, and the report lists them. The bundle appears in one step, complete;
+    on any error, and on Ctrl-C, *out* is as it was. Inputs are never modified.
 
     Args:
         base: a .safetensors file, a Hugging Face directory, a .bin or .pt of plain weights, a state dict, or a Hub id
@@ -76,14 +76,15 @@ def pack(
         experts: the same kinds of thing by task name (any text of 1 to 256 characters).
         out: the bundle's directory.
         method: `SignedMask()` by default, or a `TallMask`.
-        merged_dtype: of the shared vector: "float32", "bfloat16", "float16", "int8" or "log4" (magnitudes only); None takes
-            the method's own.
+        merged_dtype: of the shared vector: "float32", "bfloat16", "float16", "int8" or "log4" (magnitudes only); None
+            takes the method's own.
         private: glob patterns of tensor names to store whole.
         key_mapping: regular expression -> replacement, from the experts' tensor names to the base's, applied in order.
-        evaluate: called with a task and its reconstructed state dict, larger is better. It chooses mask_lambda where the
-            method gives several, and its score is recorded.
+        evaluate: called with a task and its reconstructed state dict, larger is better. It chooses mask_lambda where
+            the method gives several, and its score is recorded.
         embed_base: put the base into the bundle.
-        base_ref: where readers get the base: ``"org/name@<40-digit commit sha>"``. Taken from *base* if that is a Hub id.
+        base_ref: where readers get the base: ``"org/name@<40-digit commit sha>"``. Taken from *base* if that is a Hub
+            id.
         overwrite: replace a bundle that is at *out*.
         dry_run: do everything but put the bundle in place.
         progress: called with bytes done and bytes in all.
@@ -92,8 +93,8 @@ def pack(
         what was written, and how true it is.
 
     Cost:
-        Each expert is read at most twice to fit it, and once more to measure it; TIES reads each twice more. Memory stays
-        under 1 GiB whatever the sizes. On disk, the bundle and its staging copy.
+        Each expert is read at most twice to fit it, and once more to measure it; TIES reads each twice more. Memory
+        stays under 1 GiB whatever the sizes. On disk, the bundle and its staging copy.
 
     Raises:
         InputError: an input cannot be read or packed; names task and tensor.
@@ -116,7 +117,7 @@ def pack(
         _check_output(target, [opened_base, *checkpoints.values()], overwrite=overwrite)
         named = name_experts(opened_base, checkpoints, key_mapping or {})
         pool = inputs.enter_context(workers())
-        job = _Job(opened_base, base, named, options, progress or _silent, pool)
+        job = _Job(opened_base, base, named, options, progress=progress or _silent, pool=pool)
         fit = job.prepare()
         chosen: dict[str, float] = {}
         scores: dict[str, float] = {}
@@ -176,6 +177,7 @@ class _Job:
         base_source: CheckpointSource,
         experts: tuple[Expert, ...],
         options: _Options,
+        *,
         progress: Progress,
         pool: ThreadPoolExecutor,
     ) -> None:
@@ -202,7 +204,9 @@ class _Job:
     def write(self, root: Path, fit: Fit, scores: Mapping[str, float], lambdas: Mapping[str, float]) -> PackReport:
         """Write the whole bundle into the empty directory *root*."""
         options = self._options
-        group = GroupPacker(self._base, self._experts, options.method, fit, options.dtype, root, self._pool)
+        group = GroupPacker(
+            self._base, self._experts, root, method=options.method, fit=fit, dtype=options.dtype, pool=self._pool
+        )
         written = assemble.write_base(self._base, root, embed=options.embed_base)
         self._pack_tensors(group)
         method = assemble.recorded_method(options.method)
@@ -217,7 +221,7 @@ class _Job:
         pin = assemble.pin(self._base, options.base_ref, embed=options.embed_base)
         groups = (tables.GroupEntry(id=group.id, method=method),)
         manifest = assemble.write_manifest(root, pin, groups, tuple(entries), written)
-        return report(self._base, root, manifest, packed, options.method, options.dtype, lambdas)
+        return report(self._base, root, manifest, packed, method=options.method, dtype=options.dtype, lambdas=lambdas)
 
     def _pack_tensors(self, group: GroupPacker) -> None:
         total = sum(expert.checkpoint.spec(name).nbytes for expert in self._experts for name in expert.base_names)

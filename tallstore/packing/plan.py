@@ -1,4 +1,4 @@
-"""Which tensor of which expert can be coded against which tensor of the base: decided from names, dtypes and shapes alone."""
+"""Which tensor of an expert can be coded against which tensor of the base: from names, dtypes and shapes alone."""
 
 from __future__ import annotations
 

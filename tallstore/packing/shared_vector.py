@@ -57,9 +57,8 @@ class SharedVector:
             self._step[span.row : span.row + span.rows] = steps(rows.abs().amax(1), self._dtype)
         codes = quantise(rows, self._row_steps(span), self._dtype).view(-1)
         if codes.is_floating_point() and not torch.isfinite(codes).all():
-            raise OptionError(
-                f"merged_dtype: {self._dtype} overflows in the merged vector of tensor {self._stack.name!r}; give bfloat16"
-            )
+            where = f"the merged vector of tensor {self._stack.name!r}"
+            raise OptionError(f"merged_dtype: {self._dtype} overflows in {where}; give bfloat16")
         self._codes[span.start : span.stop] = codes
 
     def stored(self, span: Span) -> Tensor:

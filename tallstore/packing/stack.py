@@ -40,8 +40,8 @@ class Examined:
     """
 
     part: Part
-    is_same: bool
-    statistics: TaskStatistics | None
+    is_same: bool = False
+    statistics: TaskStatistics | None = None
 
 
 def examine(base: Checkpoint, base_name: str, part: Part) -> Examined:
@@ -51,9 +51,9 @@ def examine(base: Checkpoint, base_name: str, part: Part) -> Examined:
         NonFiniteError: it would be coded, and has NaN or infinity.
     """
     if _is_same(base, base_name, part):
-        return Examined(part, True, None)
+        return Examined(part, is_same=True)
     if part.whole_because is not None:
-        return Examined(part, False, None)
+        return Examined(part)
     sum_squares = sum_magnitudes = 0.0
     for start in range(0, part.numel, CHUNK_NUMEL):
         stop = min(start + CHUNK_NUMEL, part.numel)
@@ -62,16 +62,17 @@ def examine(base: Checkpoint, base_name: str, part: Part) -> Examined:
         norm = torch.linalg.vector_norm(vector, dtype=torch.float64).item()
         if not math.isfinite(norm):
             _refuse_non_finite(part, reference, finetuned, start)
-            return Examined(replace(part, whole_because="its task vector is beyond float32"), False, None)
+            return Examined(replace(part, whole_because="its task vector is beyond float32"))
         sum_squares += norm**2
         sum_magnitudes += torch.linalg.vector_norm(vector, ord=1, dtype=torch.float64).item()
-    return Examined(part, False, TaskStatistics(part.numel, sum_squares, sum_magnitudes))
+    return Examined(part, statistics=TaskStatistics(part.numel, sum_squares, sum_magnitudes))
 
 
 def trimmable_chunks(base: Checkpoint, base_name: str, part: Part) -> Iterator[Tensor]:
     """A part's task vector for a trim over all parameters: float32 and finite, in pieces.
 
-    What is not finite counts as 0: equal infinities, as in the buffers of attention masks, and what will be stored whole.
+    What is not finite counts as 0: equal infinities, as in the buffers of attention masks, and what will be stored
+    whole.
     """
     for start in range(0, part.numel, CHUNK_NUMEL):
         stop = min(start + CHUNK_NUMEL, part.numel)

@@ -18,7 +18,10 @@ FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 METHODS = st.one_of(
     st.floats(0, 3).map(SignedMask),
     st.builds(
-        TallMask, st.floats(0, 2), merge=st.sampled_from(["sum", "ties", "mean"]), gain=st.sampled_from(["one", "published"])
+        TallMask,
+        st.floats(0, 2),
+        merge=st.sampled_from(["sum", "ties", "mean"]),
+        gain=st.sampled_from(["one", "published"]),
     ),
 )
 SHAPES = st.one_of(
@@ -31,7 +34,7 @@ SHAPES = st.one_of(
 
 @st.composite
 def models(draw):
-    """A base and two to four experts: tensors moved, equal, lacking, resized, of other dtypes, or not numbers at all."""
+    """A base and two to four experts: tensors moved, equal, lacking, resized, of other dtypes, or of integers."""
     seed = draw(st.integers(0, 10_000))
     base, experts = {"anchor": normal(66, 65, seed=seed)}, {}
     for number in range(draw(st.integers(0, 3))):
@@ -64,7 +67,7 @@ def models(draw):
 @settings(max_examples=40)
 @given(models(), METHODS)
 def test_what_is_not_coded_is_bit_exact_and_what_is_has_its_gain(model, method):
-    """Every name, dtype and shape comes back; whole, same and further rows bit for bit; the report's gain is the true one."""
+    """Names, dtypes and shapes come back; whole, same and further rows bit for bit; and the gain that is reported."""
     base, experts = model
     with tempfile.TemporaryDirectory() as directory:
         packed = pack(base, experts, Path(directory) / "bundle", method=method)

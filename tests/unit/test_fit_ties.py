@@ -1,4 +1,4 @@
-"""TIES: the trim's threshold is exact and global however it is streamed; signs are elected, and what agrees is added."""
+"""TIES: the trim's threshold is exact and global, however it is streamed; a sign is elected, what has it is added."""
 
 from __future__ import annotations
 

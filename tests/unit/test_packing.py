@@ -1,4 +1,4 @@
-"""Packed experts are those of the dense formula, bit for bit: merged vectors, masks, steps, and what a reader rebuilds."""
+"""Packed experts are those of the dense formula, bit for bit: merged vectors, masks, steps, and rebuilt weights."""
 
 from __future__ import annotations
 
@@ -102,12 +102,24 @@ def test_experts_whose_dtype_is_not_the_bases(tmp_path, base_dtype):
     check(packed, base, experts, fit_reference.fit_signed(base, experts, "LOG4", 1.2))
 
 
+def test_the_trim_is_over_all_parameters_but_the_private_ones(tmp_path):
+    """Small tensors, which are not coded, and tensors that equal the base's count."""
+    base = base_model()
+    experts = experts_of(base)
+    experts["b"]["norm.weight"] = base["norm.weight"].clone()
+    packed = pack(base, experts, tmp_path / "bundle", method=TallMask.published(), private="embed.*")
+    without = {name: tensor for name, tensor in base.items() if not name.startswith("embed.")}
+    fitted = fit_reference.fit_tall(without, experts, "I8", "ties", dict.fromkeys(experts, 0.4))
+    for name, (shared, _, all_sides) in fitted.items():
+        assert same_bits(packed.shared(name)[0], shared.codes)
+        for task, sides in all_sides.items():
+            assert same_bits(packed.sides(task, name), sides)
+
+
 # --- gain -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "method", [SignedMask(), TallMask(), TallMask(0.6, "ties"), TallMask(merge="mean")], ids=lambda method: str(method)
-)
+@pytest.mark.parametrize("method", [SignedMask(), TallMask(), TallMask(0.6, "ties"), TallMask(merge="mean")], ids=str)
 def test_gain_one_is_one_after_packing_for_every_tensor(tmp_path, method):
     base = base_model()
     experts = experts_of(base, 4)

@@ -198,7 +198,13 @@ CONFIG = '{"architectures": ["Model"]}'
 def test_companion_files_are_carried_once(model, experts, tmp_path):
     shared = {"config.json": CONFIG, "tokenizer.json": "{}" * 1000, "1_Pooling/config.json": "{}"}
     for task in "ab":
-        own = {"labels.txt": task, "vocab.txt": "one\ntwo\n", "trainer_state.json": "{}", "train.py": "1", ".hidden.json": ""}
+        own = {
+            "labels.txt": task,
+            "vocab.txt": "one\ntwo\n",
+            "trainer_state.json": "{}",
+            "train.py": "1",
+            ".hidden.json": "",
+        }
         write_directory(tmp_path / task, experts[task], companions=shared | own | {"README.md": "#", "notes.bin": "0"})
     packed = pack(model, {"a": tmp_path / "a", "b": tmp_path / "b", "c": experts["c"]}, tmp_path / "bundle")
     carried = {task: {file.name: file for file in table.files} for task, table in packed.tables.items()}
@@ -216,7 +222,8 @@ def test_companion_files_are_carried_once(model, experts, tmp_path):
 def test_indices_of_shards_are_no_companions(model, experts, tmp_path):
     names = sorted(model)
     paths = {
-        task: write_directory(tmp_path / task, expert, shards=[names[:4], names[4:]]) for task, expert in experts.items()
+        task: write_directory(tmp_path / task, expert, shards=[names[:4], names[4:]])
+        for task, expert in experts.items()
     }
     packed = pack(model, paths, tmp_path / "bundle")
     assert packed.tables["a"].files == ()

@@ -58,7 +58,10 @@ def test_parts_are_in_the_order_of_the_base_names_and_of_the_experts():
 @pytest.mark.parametrize(
     ("expert", "hint"),
     [
-        ({"model__a__w": (2,), "model__b": (2,)}, 'the prefix \'model.\' seems to differ: give key_mapping={"^model\\\\.": ""}'),
+        (
+            {"model__a__w": (2,), "model__b": (2,)},
+            'the prefix \'model.\' seems to differ: give key_mapping={"^model\\\\.": ""}',
+        ),
         ({"x__y__a__w": (2,)}, "the prefix 'x.y.' seems to differ"),
         ({"w": (2,)}, 'the prefix \'a.\' seems to differ: give key_mapping={"^": "a."}'),
         ({"q": (2,)}, "give key_mapping={regular expression: replacement}"),
@@ -130,7 +133,7 @@ def test_a_tie_is_carried_by_its_mapped_name():
 def test_what_the_base_ties_is_dropped_only_where_every_name_is_lacking():
     base = tied("a", "b", other="other")
     for names, dropped in ((("a",), ("other",)), (("b",), ("other",)), (("other",), ("a",))):
-        (expert,) = named(base, x=checkpoint(**{name: (5, 2) for name in names}))
+        (expert,) = named(base, x=checkpoint(**dict.fromkeys(names, (5, 2))))
         assert expert.dropped == dropped
 
 

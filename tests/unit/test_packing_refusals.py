@@ -42,7 +42,9 @@ def refused(tmp_path, monkeypatch):
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [SignedMask(), TallMask(), TallMask.published()], ids=["signed", "tall", "published"])
+@pytest.mark.parametrize(
+    "method", [SignedMask(), TallMask(), TallMask.published()], ids=["signed", "tall", "published"]
+)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_where_it_would_be_coded(refused, experts, value, method):
     experts["b"]["block.weight"][2, 5] = value
@@ -230,9 +232,7 @@ def test_an_output_that_is_there(refused, experts, tmp_path):
 def test_an_output_that_is_a_file(refused, experts, tmp_path):
     (tmp_path / "bundle").write_text("mine")
     for overwrite in (False, True):
-        assert "is a file" in refused(
-            errors.OutputExistsError, experts, out=tmp_path / "bundle", overwrite=overwrite
-        )
+        assert "is a file" in refused(errors.OutputExistsError, experts, out=tmp_path / "bundle", overwrite=overwrite)
 
 
 def test_a_directory_that_is_no_bundle_is_never_overwritten(refused, experts, tmp_path):

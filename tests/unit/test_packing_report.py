@@ -1,4 +1,4 @@
-"""The report: its sizes are those on disk, its fidelity that of the loaded weights, its reasons and advice what they say."""
+"""The report: sizes are those on disk, fidelity is that of the loaded weights, reasons and advice are what they say."""
 
 from __future__ import annotations
 

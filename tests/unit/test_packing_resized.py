@@ -22,7 +22,7 @@ def moved(tensor, seed, scale=0.02):
 
 @pytest.mark.parametrize("method", METHODS, ids=["signed", "tall", "published"])
 def test_resized_vocabularies_are_extended(tmp_path, method):
-    """Longer and shorter than the base, each expert another: leading rows are coded, further rows come back bit for bit."""
+    """Longer and shorter than the base, each another: leading rows are coded, further rows come back bit for bit."""
     base = {"embed": normal(100, 60), "bias": normal(5000, seed=1), "w": normal(80, 60, seed=2)}
     experts = {}
     for seed, (task, rows, length) in enumerate(

@@ -52,9 +52,9 @@ def test_infinities_and_nan_that_equal_the_bases_are_no_hindrance(tmp_path, dtyp
     base = {"attention.bias": mask, "odd": odd, "w": normal(80, 60).to(dtype)}
     experts = {name: {**base, "w": moved(base["w"], seed)} for seed, name in enumerate("ab", start=1)}
     packed = pack(base, experts, tmp_path / "bundle", method=method)
-    for task in experts:
+    for task, expert in experts.items():
         assert packed.kinds(task) == {"attention.bias": "same", "odd": "same", "w": packed.kinds("a")["w"]}
-        assert_same(packed.states[task], experts[task], "attention.bias", "odd")
+        assert_same(packed.states[task], expert, "attention.bias", "odd")
 
 
 @pytest.mark.parametrize("base_dtype", [torch.float32, torch.float64], ids=str)
