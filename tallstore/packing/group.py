@@ -1,7 +1,7 @@
 """One group of tasks, fitted and written: its shared vectors, and each task's codes and private tensors.
 
-For each tensor of the base in turn: compare every expert with it, merge what moved, store the merged vector's codes, read
-the masks and gains off the merged vector AS STORED, rebuild, and measure what came of it.
+For each tensor of the base in turn: compare every expert with it, merge what moved, store the merged vector's codes,
+read the masks and gains off the merged vector AS STORED, rebuild, and measure what came of it.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import shutil
@@ -150,7 +151,7 @@ def test_a_companion_file_that_cannot_be_read_is_an_error_of_the_input(job, monk
 
     def refuse(path):
         if path.parent.name == "birds":
-            raise PermissionError(13, "Permission denied", str(path))
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return read(path)
 
     before = digests(job.out.parent)
@@ -160,14 +161,21 @@ def test_a_companion_file_that_cannot_be_read_is_an_error_of_the_input(job, monk
     assert digests(job.out.parent) == before
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), BrokenPipeError(32, "Broken pipe")])
-def test_what_callbacks_raise_is_not_taken_for_the_disk(job, error):
+@pytest.mark.parametrize(
+    ("callback", "error"),
+    [
+        ("evaluate", OSError(errno.ENOSPC, "No space left on device")),
+        ("evaluate", TimeoutError(errno.ETIMEDOUT, "Connection timed out")),
+        ("progress", BrokenPipeError(errno.EPIPE, "Broken pipe")),
+    ],
+)
+def test_what_callbacks_raise_is_not_taken_for_the_disk(job, callback, error):
     def fail(*_arguments):
         raise error
 
     before = digests(job.out.parent)
-    with pytest.raises(OSError, match=error.strerror):
-        tallstore.pack(job.base, job.experts, job.out, overwrite=True, evaluate=fail)
+    with pytest.raises(type(error), match=error.strerror):
+        tallstore.pack(job.base, job.experts, job.out, overwrite=True, **{callback: fail})
     assert digests(job.out.parent) == before
     assert names(job.out.parent) in ([], ["bundle"])
 
