@@ -3,7 +3,8 @@
     python benchmarks/fidelity.py --experts DIR [--limit 400]
 
 DIR holds fine-tunes and an `experts.py` that builds their checkpoints (`build OUT`) and scores reconstructions
-(`score OUT TASK FILE...`). Every expert is packed, loaded back from the bundle's bytes, written with `export`, and scored.
+(`score OUT TASK FILE...`). Every expert is packed, loaded back from the bundle's bytes, written with `export`, and
+scored.
 """
 
 from __future__ import annotations

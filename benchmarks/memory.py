@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py [--sizes 256 1024] [--experts 4]
 
-Each size runs in a process of its own, which reads its RssAnon every 5 ms. Mapped inputs are not anonymous: the system takes
-their pages back whenever it wants.
+Each size runs in a process of its own, which reads its RssAnon every 5 ms. Mapped inputs are not anonymous: the system
+takes their pages back whenever it wants.
 """
 
 from __future__ import annotations
@@ -75,9 +75,8 @@ def main() -> None:
     if arguments.watch:
         print(json.dumps(pack_and_watch(arguments.watch)))
         return
-    print(
-        "| experts | MiB each | peak anonymous MiB | of it after the imports | pack s | against the first |\n|---|---|---|---|---|---|"
-    )
+    print("| experts | MiB each | peak anonymous MiB | of it after the imports | pack s | against the first |")
+    print("|---|---|---|---|---|---|")
     first = 0.0
     for size in arguments.sizes:
         with tempfile.TemporaryDirectory(prefix="tallstore-memory-") as name:

@@ -1,4 +1,4 @@
-"""Write spec/schema/*.json from the types of tallstore.manifest, or with --check tell whether they have drifted."""
+"""Write spec/schema/*.json from the types of tallstore.format.manifest; --check tells whether they have drifted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from tallstore.manifest import BaseTable, GroupTable, Manifest, TaskTable
+from tallstore.format.manifest import BaseTable, GroupTable, Manifest, TaskTable
 
 SCHEMA = Path(__file__).resolve().parent / "schema"
 TABLES = {"tallstore": Manifest, "base": BaseTable, "group": GroupTable, "task": TaskTable}
@@ -23,7 +23,7 @@ def schema(name: str) -> str:
     return json.dumps(document, indent=2, ensure_ascii=True) + "\n"
 
 
-def _closed(node: Any) -> Any:
+def _closed(node: Any) -> Any:  # noqa: ANN401 - any JSON
     """Unknown keys are refused within a version (VER-3): every object with named properties says so."""
     if isinstance(node, dict):
         closed = {key: _closed(value) for key, value in node.items()}
@@ -46,7 +46,7 @@ def main() -> int:
             SCHEMA.mkdir(exist_ok=True)
             path.write_text(schema(name), encoding="utf-8")
         elif not path.exists() or path.read_text(encoding="utf-8") != schema(name):
-            print(f"{path.name} has drifted from tallstore/manifest.py; run python spec/make_schema.py")
+            print(f"{path.name} has drifted from tallstore/format/manifest.py; run python spec/make_schema.py")
             return 1
     return 0
 

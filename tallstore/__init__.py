@@ -14,7 +14,6 @@ import importlib
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from tallstore.bundle import Bundle, open_bundle
     from tallstore.errors import (
         AdapterCheckpointError,
         BaseError,
@@ -45,9 +44,9 @@ if TYPE_CHECKING:
         UnsupportedVersionError,
     )
     from tallstore.fit import SignedMask, TallMask
-    from tallstore.model_weights import LoadResult
-    from tallstore.packing import PackReport
-    from tallstore.packing.pack import pack  # not from the package, where mypy takes the module of that name
+    from tallstore.loading.bundle import Bundle, open_bundle
+    from tallstore.loading.model_weights import LoadResult
+    from tallstore.packing import PackReport, pack
     from tallstore.verifying import Problem, verify
 
 __version__ = "0.1.0"
@@ -94,9 +93,9 @@ __all__ = [
 # Where the names are that are no errors. No module of the package has the name of a function: importing one would put
 # the module in the function's place.
 _HOMES: Final = {
-    "Bundle": "tallstore.bundle",
-    "open_bundle": "tallstore.bundle",
-    "LoadResult": "tallstore.model_weights",
+    "Bundle": "tallstore.loading.bundle",
+    "open_bundle": "tallstore.loading.bundle",
+    "LoadResult": "tallstore.loading.model_weights",
     "SignedMask": "tallstore.fit",
     "TallMask": "tallstore.fit",
     "PackReport": "tallstore.packing",

@@ -10,13 +10,15 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
-from tallstore import checkpoint_writer, files, layout
-from tallstore.bundle import Bundle
-from tallstore.bundle_files import BundleFiles
-from tallstore.checkpoint_writer import MAX_SHARD_NBYTES
-from tallstore.dtypes import CHUNK_NUMEL, TensorSpec
+from tallstore import files
+from tallstore.checkpoints import writer as checkpoint_writer
+from tallstore.checkpoints.writer import MAX_SHARD_NBYTES
 from tallstore.errors import IntegrityError, NotFetchedError, OutputExistsError, OutputInsideInputError
-from tallstore.manifest import CompanionFile
+from tallstore.format import layout
+from tallstore.format.bundle_files import BundleFiles
+from tallstore.format.dtypes import CHUNK_NUMEL, TensorSpec
+from tallstore.format.manifest import CompanionFile
+from tallstore.loading.bundle import Bundle
 from tallstore.packing.companions import SUFFIXES
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -135,7 +137,7 @@ def _copy_companion(root: Path, task: str, file: CompanionFile, staged: Path) ->
     except FileNotFoundError:
         raise NotFetchedError(
             f"{root}: the file {file.name!r} of task {task!r} was not fetched ({path} is not here);"
-            f" run `tallstore pull … --task {task!r}`, or copy it"
+            f" copy it from where the bundle came from"
         ) from None
     destination = staged / file.name
     destination.parent.mkdir(parents=True, exist_ok=True)

@@ -15,12 +15,13 @@ import xxhash
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tallstore import bits, encodings, files, layout, manifest, tables
+from tallstore import files
 from tallstore.checkpoints.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
-from tallstore.dtypes import CHUNK_NUMEL
-from tallstore.encodings import Encoding
-from tallstore.payloads import row_count
-from tallstore.shards import ShardWriter
+from tallstore.format import bits, encodings, layout, manifest, parsing, tables
+from tallstore.format.dtypes import CHUNK_NUMEL
+from tallstore.format.encodings import Encoding
+from tallstore.format.payloads import row_count
+from tallstore.format.shard_writer import ShardWriter
 from tests import reference
 
 METHOD = manifest.Method(name="test", parameters={})
@@ -257,7 +258,7 @@ class Bundle:
             tasks=tasks,
             files=listed,
         )
-        raw = manifest.serialise_manifest(self.edit_manifest(table))
+        raw = parsing.serialise_manifest(self.edit_manifest(table))
         files.write_file(self.root / layout.MANIFEST, raw)
         return self.root
 
@@ -278,7 +279,7 @@ class Bundle:
                 )
             )
         table = self.edit_base(manifest.BaseTable(format="tallstore.base", tensors=tuple(tensors)))
-        written[layout.BASE_TABLE] = files.write_file(self.root / layout.BASE_TABLE, manifest.serialise(table))
+        written[layout.BASE_TABLE] = files.write_file(self.root / layout.BASE_TABLE, parsing.serialise(table))
         if self.embed:
             path = self.root / layout.BASE_DIRECTORY / "model.safetensors"
             path.parent.mkdir()
@@ -297,7 +298,7 @@ class Bundle:
             vectors=tuple(group.vectors),
         )
         path = layout.group_table(group.id)
-        written[path] = files.write_file(self.root / path, manifest.serialise(self.edit_group(table)))
+        written[path] = files.write_file(self.root / path, parsing.serialise(self.edit_group(table)))
         return manifest.GroupEntry(id=group.id, method=METHOD)
 
     def _write_task(self, task: Task, written: dict[str, files.Written]) -> manifest.TaskEntry:
@@ -315,7 +316,7 @@ class Bundle:
             fidelity=manifest.Fidelity(cosine=None, gain=None, estimates={}),
         )
         path = layout.task_table(task.slug)
-        written[path] = files.write_file(self.root / path, manifest.serialise(self.edit_task(table)))
+        written[path] = files.write_file(self.root / path, parsing.serialise(self.edit_task(table)))
         parameters = sum(math.prod(tensor.shape) for tensor in task.tensors if isinstance(tensor, manifest.Whole))
         return manifest.TaskEntry(
             name=task.name, slug=task.slug, group=task.group.id, parameters=parameters, cosine=None, gain=None

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 import tallstore
-from tallstore import bits
-from tallstore.bundle_files import BundleFiles
-from tallstore.manifest import ExtendedTensor, GroupTable, TaskTable, parse
+from tallstore.format import bits
+from tallstore.format.bundle_files import BundleFiles
+from tallstore.format.manifest import ExtendedTensor, GroupTable, TaskTable
+from tallstore.format.parsing import parse
+from tallstore.format.payloads import leading_shape, sides_of, vector_step_of, vector_values_of
 from tallstore.packing import shared_vector, stack
-from tallstore.payloads import leading_shape, sides_of, vector_step_of, vector_values_of
 from tests.reference import same_bits
 
 Model = dict[str, Tensor]

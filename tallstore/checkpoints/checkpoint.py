@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from tallstore.checkpoints.torch_dtypes import TORCH_DTYPES
-from tallstore.dtypes import DTYPES, TensorSpec
 from tallstore.errors import DamagedCheckpointError, UnknownTensorError
+from tallstore.format.dtypes import DTYPES, TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

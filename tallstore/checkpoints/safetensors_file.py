@@ -11,9 +11,9 @@ import numpy as np
 
 from tallstore.checkpoints.checkpoint import Checkpoint, Origin
 from tallstore.checkpoints.refusals import LFS_POINTER_NBYTES, refuse_lfs_pointer, refuse_unmerged_names
-from tallstore.dtypes import DTYPES, TensorSpec
 from tallstore.errors import DamagedCheckpointError, InputError
-from tallstore.safetensors_header import Entry, HeaderProblem, UnknownDtypeProblem, header_nbytes, parse_header
+from tallstore.format.dtypes import DTYPES, TensorSpec
+from tallstore.format.safetensors_header import Entry, HeaderProblem, UnknownDtypeProblem, header_nbytes, parse_header
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -11,8 +11,8 @@ from torch.nn.parameter import is_lazy
 from tallstore.checkpoints.checkpoint import Checkpoint, Origin
 from tallstore.checkpoints.refusals import refuse_unmerged_names
 from tallstore.checkpoints.torch_dtypes import DTYPE_NAMES
-from tallstore.dtypes import TensorSpec
 from tallstore.errors import InputError, QuantizedCheckpointError
+from tallstore.format.dtypes import TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np

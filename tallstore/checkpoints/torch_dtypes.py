@@ -8,7 +8,7 @@ from typing import Final
 
 import torch
 
-from tallstore.dtypes import Dtype
+from tallstore.format.dtypes import Dtype
 
 _BY_NAME: Final[dict[Dtype, torch.dtype]] = {
     "BOOL": torch.bool,
@@ -29,6 +29,6 @@ _BY_NAME: Final[dict[Dtype, torch.dtype]] = {
     "C64": torch.complex64,
 }
 TORCH_DTYPES: Final[Mapping[Dtype, torch.dtype]] = MappingProxyType(_BY_NAME)
-"""Every name of `tallstore.dtypes.DTYPES` -> torch's type."""
+"""Every name of `tallstore.format.dtypes.DTYPES` -> torch's type."""
 
 DTYPE_NAMES: Final = MappingProxyType({dtype: name for name, dtype in TORCH_DTYPES.items()})

@@ -20,11 +20,11 @@ from rich.filesize import decimal
 from rich.table import Table
 from torch import Tensor
 
-from tallstore.bundle import open_bundle
 from tallstore.demo.digits import Task, load_digits, make_tasks
 from tallstore.demo.model import ModelConfig, VisionTransformer
 from tallstore.demo.training import Recipe, finetune, predict, pretrain
 from tallstore.errors import OutputExistsError
+from tallstore.loading.bundle import open_bundle
 from tallstore.packing import pack
 
 NOTE: Final = "DEMO.md"

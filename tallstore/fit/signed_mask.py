@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tallstore.errors import OptionError
 from tallstore.fit.tile import TaskStatistics, Tile
-from tallstore.manifest import Scalar, SharedDtype
+from tallstore.format.manifest import Scalar, SharedDtype
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 from tallstore.errors import OptionError
 from tallstore.fit.ties import disjoint_sum, trim_threshold
 from tallstore.fit.tile import TaskStatistics, Tile
-from tallstore.manifest import Scalar, SharedDtype
+from tallstore.format.manifest import Scalar, SharedDtype
 
 Merge = Literal["sum", "ties", "mean"]
 Gain = Literal["one", "published"]

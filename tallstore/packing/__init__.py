@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from tallstore.packing.outcome import PackedTask, PackReport
-from tallstore.packing.pack import Evaluate, Progress, pack
+from tallstore.packing.packer import Evaluate, Progress, pack
 
 __all__ = ["Evaluate", "PackReport", "PackedTask", "Progress", "pack"]

@@ -9,13 +9,15 @@ import msgspec
 import xxhash
 
 import tallstore
-from tallstore import checkpoint_writer, files, layout
-from tallstore import manifest as tables
+from tallstore import files
 from tallstore.checkpoints import Checkpoint, HubRef
-from tallstore.dtypes import CHUNK_NUMEL
+from tallstore.checkpoints import writer as checkpoint_writer
 from tallstore.errors import InputError
 from tallstore.files import Written
 from tallstore.fit import Method
+from tallstore.format import layout, parsing
+from tallstore.format import manifest as tables
+from tallstore.format.dtypes import CHUNK_NUMEL
 from tallstore.packing.companions import companions, reading
 from tallstore.packing.fidelity import combine
 from tallstore.packing.group import GroupPacker, TaskProgress
@@ -29,7 +31,7 @@ def write_base(base: Checkpoint, root: Path, *, embed: bool) -> dict[str, Writte
         alias = base.aliases.get(name)
         hashes = () if alias else tuple(xxhash.xxh3_128_hexdigest(chunk) for chunk in _chunks(base, name))
         tensors.append(tables.BaseTensor(name=name, dtype=spec.dtype, shape=spec.shape, chunks=hashes, alias_of=alias))
-    raw = tables.serialise(tables.BaseTable(format="tallstore.base", tensors=tuple(tensors)))
+    raw = parsing.serialise(tables.BaseTable(format="tallstore.base", tensors=tuple(tensors)))
     written = {layout.BASE_TABLE: files.write_file(root / layout.BASE_TABLE, raw)}
     if embed:
         directory = root / layout.BASE_DIRECTORY
@@ -66,7 +68,7 @@ def write_group(group: GroupPacker, method: tables.Method, root: Path) -> dict[s
     directory = layout.group_directory(group.id)
     written = {f"{directory}/{name}": file for name, file in by_name.items()}
     path = layout.group_table(group.id)
-    return written | {path: files.write_file(root / path, tables.serialise(table))}
+    return written | {path: files.write_file(root / path, parsing.serialise(table))}
 
 
 def recorded_method(method: Method) -> tables.Method:
@@ -110,7 +112,7 @@ def write_task(
         ),
     )
     path = layout.task_table(slug)
-    return table, written | {path: files.write_file(root / path, tables.serialise(table))}
+    return table, written | {path: files.write_file(root / path, parsing.serialise(table))}
 
 
 def _entries(task: TaskProgress) -> Iterator[tables.Tensor]:
@@ -156,9 +158,9 @@ def write_manifest(
         tasks=tasks,
         files=listed,
     )
-    raw = tables.serialise_manifest(manifest)
+    raw = parsing.serialise_manifest(manifest)
     files.write_file(root / layout.MANIFEST, raw)
-    return tables.parse_manifest(raw, layout.MANIFEST)
+    return parsing.parse_manifest(raw, layout.MANIFEST)
 
 
 def pin(base: Checkpoint, reference: HubRef | None, *, embed: bool) -> tables.BasePin:
@@ -182,17 +184,17 @@ def task_entry(table: tables.TaskTable, numel: int) -> tables.TaskEntry:
 def record_scores(root: Path, scores: Mapping[str, float]) -> tables.Manifest:
     """Enter the user's scores into the tables of the bundle at *root*, and seal it again."""
     raw = (root / layout.MANIFEST).read_bytes()
-    manifest = tables.parse_manifest(raw, layout.MANIFEST)
+    manifest = parsing.parse_manifest(raw, layout.MANIFEST)
     listed = {file.path: file for file in manifest.files}
     for entry in manifest.tasks:
         path = layout.task_table(entry.slug)
-        table = tables.parse((root / path).read_bytes(), tables.TaskTable, path)
+        table = parsing.parse((root / path).read_bytes(), tables.TaskTable, path)
         fidelity = msgspec.structs.replace(table.fidelity, score=scores[entry.name])
-        raw = tables.serialise(msgspec.structs.replace(table, fidelity=fidelity))
+        raw = parsing.serialise(msgspec.structs.replace(table, fidelity=fidelity))
         file = files.write_file(root / path, raw)
         listed[path] = tables.FileEntry(path=path, size=file.size, sha256=file.sha256, git_oid=file.git_oid)
     sealed = msgspec.structs.replace(manifest, files=tuple(listed[file.path] for file in manifest.files))
-    files.write_file(root / layout.MANIFEST, tables.serialise_manifest(sealed))
+    files.write_file(root / layout.MANIFEST, parsing.serialise_manifest(sealed))
     return sealed
 
 

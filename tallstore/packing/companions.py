@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tallstore.errors import InputError
-from tallstore.layout import is_companion_name
+from tallstore.format.layout import is_companion_name
 
 SUFFIXES = frozenset({".json", ".txt", ".model", ".tiktoken", ".jinja", ".vocab", ".bpe"})
 _NOT_THE_MODEL = frozenset({"trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"})

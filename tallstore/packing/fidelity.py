@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tallstore.fit import TaskStatistics, Tile
-from tallstore.manifest import Estimate
+from tallstore.format.manifest import Estimate
 
 # What `SignedMask()` would do, for the estimate of it.
 _THRESHOLD = 1.2

@@ -16,19 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tallstore import layout
-from tallstore import manifest as tables
 from tallstore.checkpoints import Checkpoint
-from tallstore.dtypes import CHUNK_NUMEL
-from tallstore.encodings import BITS, SIGNED, WHOLE
 from tallstore.fit import Fit, Method
-from tallstore.manifest import Payload, SharedDtype
+from tallstore.format import layout
+from tallstore.format import manifest as tables
+from tallstore.format.dtypes import CHUNK_NUMEL
+from tallstore.format.encodings import BITS, SIGNED, WHOLE
+from tallstore.format.manifest import Payload, SharedDtype
+from tallstore.format.r13 import r13
+from tallstore.format.shard_writer import POOLED_NUMEL, ShardWriter
 from tallstore.packing.fidelity import Estimated, Sums, dot, sign_estimate, signed_estimates
 from tallstore.packing.plan import Expert, Part
 from tallstore.packing.shared_vector import SharedVector, contribution
 from tallstore.packing.stack import Examined, Span, Stack, cast, examine, result_dtype
-from tallstore.r13 import r13
-from tallstore.shards import POOLED_NUMEL, ShardWriter
 
 _WIDEST_GAIN = 8.0  # a gain this many times the fit's own scale, or one part in this many: the fit degenerated
 

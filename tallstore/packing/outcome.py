@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tallstore import layout
 from tallstore.checkpoints import Checkpoint
 from tallstore.fit import Method
-from tallstore.manifest import Estimate, Manifest, SharedDtype, TaskTable
+from tallstore.format import layout
+from tallstore.format.manifest import Estimate, Manifest, SharedDtype, TaskTable
 from tallstore.packing.group import StoredWhole, TaskProgress
 
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tallstore.checkpoints import Checkpoint
-from tallstore.dtypes import CODED, TensorSpec
 from tallstore.errors import InputError, NameMismatchError, OptionError
+from tallstore.format.dtypes import CODED, TensorSpec
 
 SMALLEST_CODED_NUMEL = 4096  # below it a code saves next to nothing, and its few numbers degenerate
 
@@ -200,6 +200,24 @@ def _part(expert: Expert, name: str, base_spec: TensorSpec, private: Sequence[st
     else:
         reason = None
     return Part(expert, name, spec, base_spec, numel, reason)
+
+
+def hints(base: Checkpoint, experts: Iterable[Expert], private: Sequence[str]) -> tuple[str, ...]:
+    """What looks like a slip in the arguments, a line each: patterns without a match, experts that hardly overlap."""
+    experts = tuple(experts)
+    names = {name for expert in experts for name in expert.checkpoint.names}
+    lines = [
+        f"private={pattern!r} matches no tensor of any expert"
+        for pattern in private
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names)
+    ]
+    for expert in experts:
+        shared = sum(base_name is not None for base_name in expert.base_names.values())
+        if 2 * shared < len(base.names):
+            lines.append(
+                f"{expert.where} has {shared} of the base's {len(base.names)} tensors; give key_mapping if names differ"
+            )
+    return tuple(lines)
 
 
 def is_private(name: str, patterns: Sequence[str]) -> bool:

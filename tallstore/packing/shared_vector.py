@@ -11,16 +11,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tallstore import manifest as tables
-from tallstore.bits import Bytes
-from tallstore.encodings import SHARED, STEPS
 from tallstore.errors import OptionError
 from tallstore.fit import Fit, Tile
-from tallstore.manifest import SharedDtype
+from tallstore.format import manifest as tables
+from tallstore.format.bits import Bytes
+from tallstore.format.encodings import SHARED, STEPS
+from tallstore.format.manifest import SharedDtype
+from tallstore.format.r13 import in_range, row_scales
+from tallstore.format.shard_writer import ShardWriter
+from tallstore.packing.quantise import STEPPED, quantise, steps, values
 from tallstore.packing.stack import Span, Stack
-from tallstore.quantise import STEPPED, quantise, steps, values
-from tallstore.r13 import in_range, row_scales
-from tallstore.shards import ShardWriter
 
 _IN_MEMORY_NBYTES = 16 << 20
 

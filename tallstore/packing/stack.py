@@ -11,10 +11,10 @@ from torch import Tensor
 
 from tallstore.checkpoints import Checkpoint
 from tallstore.checkpoints.torch_dtypes import TORCH_DTYPES
-from tallstore.decode import copy_cast
-from tallstore.dtypes import CHUNK_NUMEL, CODED, TensorSpec
 from tallstore.errors import NonFiniteError
 from tallstore.fit import TaskStatistics, Tile
+from tallstore.format.dtypes import CHUNK_NUMEL, CODED, TensorSpec
+from tallstore.loading.decode import copy_cast
 from tallstore.packing.plan import Part
 
 _TILE_NUMEL = 1 << 20  # elements of a tile, over all its tasks: what stays in a processor's cache

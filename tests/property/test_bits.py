@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tallstore import bits
+from tallstore.format import bits
 
 LENGTHS = st.integers(0, 70)
 

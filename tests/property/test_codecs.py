@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tallstore.codecs import decode, encode
 from tallstore.errors import FormatError
+from tallstore.format.codecs import decode, encode
 
 CODECS = ["raw", "zstd", "planes-zstd"]
 

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tallstore import layout
+from tallstore.format import layout
 
 ANY_TEXT = st.text(st.characters(exclude_categories=[]), max_size=300)
 SEGMENTS = st.sampled_from(

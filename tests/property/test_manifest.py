@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tallstore.errors import FormatError
-from tallstore.manifest import (
+from tallstore.format.manifest import (
     BaseTable,
     BaseTensor,
     CompanionFile,
@@ -20,10 +20,8 @@ from tallstore.manifest import (
     Payload,
     PrivateTensor,
     TaskTable,
-    parse,
-    parse_manifest,
-    serialise,
 )
+from tallstore.format.parsing import parse, parse_manifest, serialise
 
 NAMES = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=40)
 SHAPES = st.lists(st.integers(0, 2**63 - 1), max_size=16).map(tuple)

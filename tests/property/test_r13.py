@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tallstore.r13 import LARGEST, SMALLEST, in_range, is_r13, r13, row_scales
+from tallstore.format.r13 import LARGEST, SMALLEST, in_range, is_r13, r13, row_scales
 
 FINITE = st.floats(min_value=-(2.0**126), max_value=2.0**126)
 EXPONENTS = st.integers(-70, 70)

@@ -13,10 +13,11 @@ import safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tallstore import bits, shards
-from tallstore.encodings import BITS, SHARED, SIGNED, WHOLE
 from tallstore.errors import FormatError
-from tallstore.shards import LocalFile, ShardReader, ShardWriter
+from tallstore.format import bits, shard_writer, shards
+from tallstore.format.encodings import BITS, SHARED, SIGNED, WHOLE
+from tallstore.format.shard_reader import LocalFile, ShardReader
+from tallstore.format.shard_writer import ShardWriter
 
 VALUES = {BITS: 2, SIGNED: 3, SHARED["LOG4"]: 16}
 SIZES = st.integers(1, 40) | st.integers(4000, 4200) | st.sampled_from([9000, (1 << 20) + 1])
@@ -45,7 +46,7 @@ def test_what_was_written_is_read_back(contents, limit, stems):
         pytest.MonkeyPatch.context() as patch,
         contextlib.ExitStack() as stack,
     ):
-        patch.setattr(shards, "MAX_SHARD_NBYTES", limit)
+        patch.setattr(shard_writer, "MAX_SHARD_NBYTES", limit)
         root = Path(directory)
         writer = ShardWriter(root)
         written = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tallstore import bits
+from tallstore.format import bits
 
 WIDTHS = [1, 2, 4]
 

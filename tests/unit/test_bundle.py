@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import save_file
 
 import tallstore
-from tallstore import bundle as bundle_module
-from tallstore import bundle_files, layout
-from tallstore.dtypes import CHUNK_NUMEL
-from tallstore.safetensors_header import parse_header
-from tallstore.shards import RECORD_NBYTES, LocalFile, ShardReader
+from tallstore.format import bundle_files, layout
+from tallstore.format.dtypes import CHUNK_NUMEL
+from tallstore.format.safetensors_header import parse_header
+from tallstore.format.shard_reader import LocalFile, ShardReader
+from tallstore.format.shards import RECORD_NBYTES
+from tallstore.loading import bundle as bundle_module
 from tests import reference
 from tests.bundle_builder import Bundle, Group, Task
 from tests.reference import same_bits
@@ -467,7 +468,7 @@ def test_a_task_that_was_not_fetched_says_how_to_fetch_it(built):
     bundle = tallstore.open_bundle(built.root)
     assert not bundle.is_fetched("Every thing")
     assert bundle.is_fetched("little")
-    with pytest.raises(tallstore.NotFetchedError, match=r"task 'Every thing' was not fetched.*--task 'Every thing'"):
+    with pytest.raises(tallstore.NotFetchedError, match=r"task 'Every thing' was not fetched.*copy its files"):
         bundle.keys("Every thing")
     assert_same(bundle.state_dict("little"), expect(built, 1))
 

@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tallstore.checkpoint_writer import write_checkpoint
 from tallstore.checkpoints import open_checkpoint
+from tallstore.checkpoints.writer import write_checkpoint
 from tallstore.errors import OutputError
 from tallstore.files import hash_file
 from tests.packing_cases import assert_same, normal

@@ -18,8 +18,8 @@ from safetensors.torch import save, save_file
 
 from tallstore.checkpoints import Checkpoint, open_checkpoint
 from tallstore.checkpoints.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
-from tallstore.dtypes import DTYPES, TensorSpec
 from tallstore.errors import CheckpointNotFoundError, DamagedCheckpointError, InputError, UnknownTensorError
+from tallstore.format.dtypes import DTYPES, TensorSpec
 
 SHAPES = [(), (0,), (3, 0, 2), (1,), (13,), (7, 5), (2, 3, 4, 5)]
 

@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import tallstore
-from tallstore import cli, console, demo
+from tallstore import cli, demo
+from tallstore.cli import console
+from tallstore.cli.expert_sources import find_experts
 from tallstore.errors import InputError, OptionError
-from tallstore.expert_sources import find_experts
 from tests.model_directories import base_tensors, expert_tensors, pack_models, save_model, save_models
 
 COMMANDS = ["pack", "inspect", "verify", "export", "demo"]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import zstandard
 
-from tallstore.codecs import MAX_WINDOW, decode, encode
 from tallstore.errors import FormatError
+from tallstore.format.codecs import MAX_WINDOW, decode, encode
 
 MAGIC = b"\x28\xb5\x2f\xfd"
 SKIPPABLE = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"skip"

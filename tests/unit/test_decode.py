@@ -12,11 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tallstore import bits, decode
 from tallstore.checkpoints.torch_dtypes import TORCH_DTYPES
-from tallstore.decode import CodedChunk, RowScales, copy_cast, rebuild
-from tallstore.dtypes import CHUNK_NUMEL
-from tallstore.payloads import row_count
+from tallstore.format import bits
+from tallstore.format.dtypes import CHUNK_NUMEL
+from tallstore.format.payloads import row_count
+from tallstore.loading import decode
+from tallstore.loading.decode import CodedChunk, RowScales, copy_cast, rebuild
 from tests import reference
 from tests.reference import same_bits
 

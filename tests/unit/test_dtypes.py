@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tallstore.dtypes import (
+from tallstore.format.dtypes import (
     CHUNK_NUMEL,
     CODED,
     DTYPES,

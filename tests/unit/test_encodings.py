@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from tallstore.dtypes import CODED, DTYPES
-from tallstore.encodings import BITS, GAINS, LOG4_VALUES, POOL, SHARED, SIGNED, SIGNED_VALUES, STEPS, WHOLE
 from tallstore.errors import FormatError
+from tallstore.format.dtypes import CODED, DTYPES
+from tallstore.format.encodings import BITS, GAINS, LOG4_VALUES, POOL, SHARED, SIGNED, SIGNED_VALUES, STEPS, WHOLE
 
 SMALLEST = 2.0**-60
 

@@ -14,8 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import tallstore
-from tallstore import files, layout
-from tallstore import manifest as tables
+from tallstore import files
 from tallstore.errors import (
     BaseMismatchError,
     BaseMissingError,
@@ -26,6 +25,8 @@ from tallstore.errors import (
     UnknownTaskError,
 )
 from tallstore.exporting import export
+from tallstore.format import layout, parsing
+from tallstore.format import manifest as tables
 from tests.model_directories import COMPANIONS, base_tensors, expert_tensors, pack_models, save_model, save_models
 
 
@@ -232,15 +233,15 @@ def test_a_changed_companion_is_refused(own_bundle, models, tmp_path):
 @pytest.mark.parametrize("name", ["modeling.py", "model.safetensors", "model.safetensors.index.json", "x/evil.bin"])
 def test_a_bundle_brings_no_code_and_no_other_weights(own_bundle, models, tmp_path, name):
     path = layout.task_table("task1")
-    table = tables.parse((own_bundle / path).read_bytes(), tables.TaskTable, path)
+    table = parsing.parse((own_bundle / path).read_bytes(), tables.TaskTable, path)
     renamed = tuple(
         msgspec.structs.replace(file, name=name) if file.name == "config.json" else file for file in table.files
     )
-    written = files.write_file(own_bundle / path, tables.serialise(msgspec.structs.replace(table, files=renamed)))
-    manifest = tables.parse_manifest((own_bundle / layout.MANIFEST).read_bytes(), layout.MANIFEST)
+    written = files.write_file(own_bundle / path, parsing.serialise(msgspec.structs.replace(table, files=renamed)))
+    manifest = parsing.parse_manifest((own_bundle / layout.MANIFEST).read_bytes(), layout.MANIFEST)
     entry = tables.FileEntry(path=path, size=written.size, sha256=written.sha256, git_oid=written.git_oid)
     listed = tuple(entry if file.path == path else file for file in manifest.files)
-    sealed = tables.serialise_manifest(msgspec.structs.replace(manifest, files=listed))
+    sealed = parsing.serialise_manifest(msgspec.structs.replace(manifest, files=listed))
     files.write_file(own_bundle / layout.MANIFEST, sealed)
 
     with tallstore.open_bundle(own_bundle, base=models / "base") as bundle:

@@ -7,16 +7,16 @@ import sys
 
 TORCH_FREE = [
     "tallstore",
-    "tallstore.bits",
-    "tallstore.bundle_files",
-    "tallstore.codecs",
+    "tallstore.format.bits",
+    "tallstore.format.bundle_files",
+    "tallstore.format.codecs",
     "tallstore.errors",
-    "tallstore.layout",
-    "tallstore.manifest",
-    "tallstore.payloads",
-    "tallstore.r13",
-    "tallstore.shards",
-    "tallstore.tables",
+    "tallstore.format.layout",
+    "tallstore.format.manifest",
+    "tallstore.format.payloads",
+    "tallstore.format.r13",
+    "tallstore.format.shards",
+    "tallstore.format.tables",
 ]
 
 

@@ -13,11 +13,12 @@ import pytest
 from safetensors import safe_open
 
 import tallstore
-from tallstore import files, layout
-from tallstore import manifest as tables
+from tallstore import files
 from tallstore.errors import BundleNotFoundError, IntegrityError, NotFetchedError, UnknownTaskError
-from tallstore.inspecting import presence, summarise
-from tallstore.task_details import describe_task
+from tallstore.format import layout, parsing
+from tallstore.format import manifest as tables
+from tallstore.inspecting.summary import presence, summarise
+from tallstore.inspecting.task_details import describe_task
 from tests.model_directories import COMPANIONS, expert_tensors, pack_models, save_models
 
 
@@ -137,12 +138,12 @@ def test_a_bundle_without_any_task_here_has_no_ratio(bundle):
 def replace_table(bundle: Path, slug: str, **changes):
     """Rewrite a task's table, and the manifest with it."""
     path = layout.task_table(slug)
-    table = tables.parse((bundle / path).read_bytes(), tables.TaskTable, path)
-    written = files.write_file(bundle / path, tables.serialise(msgspec.structs.replace(table, **changes)))
-    manifest = tables.parse_manifest((bundle / layout.MANIFEST).read_bytes(), layout.MANIFEST)
+    table = parsing.parse((bundle / path).read_bytes(), tables.TaskTable, path)
+    written = files.write_file(bundle / path, parsing.serialise(msgspec.structs.replace(table, **changes)))
+    manifest = parsing.parse_manifest((bundle / layout.MANIFEST).read_bytes(), layout.MANIFEST)
     entry = tables.FileEntry(path=path, size=written.size, sha256=written.sha256, git_oid=written.git_oid)
     listed = tuple(entry if file.path == path else file for file in manifest.files)
-    sealed = tables.serialise_manifest(msgspec.structs.replace(manifest, files=listed))
+    sealed = parsing.serialise_manifest(msgspec.structs.replace(manifest, files=listed))
     files.write_file(bundle / layout.MANIFEST, sealed)
 
 
@@ -244,6 +245,6 @@ def test_a_summary_needs_neither_torch_nor_numpy(packed):
 
 
 def test_details_need_no_torch(packed):
-    code = "import sys; from tallstore.task_details import describe_task; print(*sys.modules)"
+    code = "import sys; from tallstore.inspecting.task_details import describe_task; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "torch" not in run.stdout.split()

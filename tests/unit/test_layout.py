@@ -7,8 +7,8 @@ import socket
 
 import pytest
 
-from tallstore import layout
 from tallstore.errors import FormatError
+from tallstore.format import layout
 
 DIGEST = "0123456789abcdef" * 4
 ACCEPTED = [

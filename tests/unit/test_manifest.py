@@ -10,20 +10,10 @@ import warnings
 import msgspec
 import pytest
 
-from tallstore import manifest as tables
 from tallstore.errors import FormatError, IntegrityError, UnsupportedFeatureError, UnsupportedVersionError
-from tallstore.manifest import (
-    BaseTable,
-    GroupTable,
-    Manifest,
-    MaskCode,
-    TaskTable,
-    own_sha256,
-    parse,
-    parse_manifest,
-    serialise,
-    serialise_manifest,
-)
+from tallstore.format import parsing
+from tallstore.format.manifest import BaseTable, GroupTable, Manifest, MaskCode, TaskTable
+from tallstore.format.parsing import own_sha256, parse, parse_manifest, serialise, serialise_manifest
 
 XXH3 = "0123456789abcdef" * 2
 SHA256 = "0123456789abcdef" * 4
@@ -257,7 +247,7 @@ def test_a_key_that_stands_twice_is_found_quickly_and_shown_shortly():
 
 
 def test_a_file_over_the_limit_is_refused_before_it_is_parsed(monkeypatch):
-    monkeypatch.setattr(tables, "MAX_JSON_NBYTES", 10)
+    monkeypatch.setattr(parsing, "MAX_JSON_NBYTES", 10)
     assert refusal(b" " * 11).rule == "JSON-4"
     assert refusal(b" " * 11, TaskTable).rule == "JSON-4"
     assert refusal(b" " * 10).rule == "JSON-1"
@@ -455,7 +445,7 @@ def test_unknown_keys_of_a_newer_minor_version_are_ignored_with_a_warning():
     newer = changed(changed(MANIFEST, "format_version", to="1.1"), "tasks", 0, "color", to="blue")
     with pytest.warns(UserWarning, match=r"here\.json: ignores the unknown key \$\.tasks\[0\]\.color"):
         manifest = parse_manifest(sealed(newer), WHERE)
-    assert tables.is_newer_minor(manifest)
+    assert parsing.is_newer_minor(manifest)
     table = json.dumps(changed(TASK, "tensors", 0, "color", to="blue")).encode()
     with pytest.warns(UserWarning, match="color"):
         parse(table, TaskTable, WHERE, newer_minor=True)
@@ -466,7 +456,7 @@ def test_a_newer_minor_version_without_unknown_keys_says_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         parse_manifest(sealed(changed(MANIFEST, "format_version", to="1.7")), WHERE)
-    assert not tables.is_newer_minor(parse_manifest(sealed(MANIFEST), WHERE))
+    assert not parsing.is_newer_minor(parse_manifest(sealed(MANIFEST), WHERE))
 
 
 def test_a_required_feature_is_refused_by_name_before_the_rest_is_looked_at():

@@ -176,3 +176,21 @@ def test_the_report_is_json_and_a_few_lines(tmp_path):
 )
 def test_sizes_for_people(number, text):
     assert megabytes(number) == text
+
+
+def test_a_private_pattern_that_matches_nothing_is_mentioned(tmp_path):
+    base = {"w": torch.randn(70, 64, generator=torch.Generator().manual_seed(0))}
+    experts = {task: {"w": base["w"] * factor} for task, factor in (("a", 1.01), ("b", 0.99))}
+    packed = tallstore.pack(base, experts, tmp_path / "bundle", private=["w", "head.*"])
+    assert packed.advice == ("private='head.*' matches no tensor of any expert",)
+
+
+def test_an_expert_with_few_of_the_bases_tensors_is_mentioned(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    base = {name: torch.randn(70, 64, generator=generator) for name in ("a", "b", "c")}
+    whole = {name: tensor * 1.01 for name, tensor in base.items()}
+    part = {"a": base["a"] * 0.99, "model.b": base["b"]}
+    packed = tallstore.pack(base, {"whole": whole, "part": part}, tmp_path / "bundle")
+    (line,) = packed.advice
+    assert line.startswith("expert 'part' (a state dict) has 1 of the base's 3 tensors")
+    assert "key_mapping" in line

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tallstore import SignedMask, TallMask, shards
+from tallstore import SignedMask, TallMask
 from tallstore.checkpoints import open_checkpoint
+from tallstore.format import shards
 from tallstore.packing.plan import name_experts, parts_by_base_name
 from tallstore.packing.stack import Span, Stack, examine
 from tests.packing_cases import assert_same, base_model, contents, experts_of, forced, normal, pack, tuned

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from tallstore.encodings import LOG4_VALUES, SHARED
-from tallstore.quantise import STEPPED, quantise, steps, values
-from tallstore.r13 import is_r13
+from tallstore.format.encodings import LOG4_VALUES, SHARED
+from tallstore.format.r13 import is_r13
+from tallstore.packing.quantise import STEPPED, quantise, steps, values
 from tests import fit_reference, reference
 from tests.reference import same_bits
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tallstore.r13 import LARGEST, SMALLEST, in_range, is_r13, r13, row_scales
+from tallstore.format.r13 import LARGEST, SMALLEST, in_range, is_r13, r13, row_scales
 
 ULP = 2.0**-12  # between 1 and 2, thirteen significant bits are this far apart
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from tallstore.dtypes import DTYPES
-from tallstore.safetensors_header import (
+from tallstore.format.dtypes import DTYPES
+from tallstore.format.safetensors_header import (
     MAX_HEADER_NBYTES,
     Entry,
     HeaderProblem,

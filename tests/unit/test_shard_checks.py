@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import xxhash
 
-from tallstore import shard_checks, shards
-from tallstore.encodings import WHOLE
 from tallstore.errors import FormatError
-from tallstore.findings import attempt
-from tallstore.manifest import Payload, Pool, Shard
-from tallstore.payloads import Stored
-from tallstore.shard_checks import OwnedShards, check_shards
-from tallstore.shards import ShardWriter, padded
+from tallstore.format import shard_writer
+from tallstore.format.encodings import WHOLE
+from tallstore.format.manifest import Payload, Pool, Shard
+from tallstore.format.payloads import Stored
+from tallstore.format.shard_writer import ShardWriter
+from tallstore.format.shards import padded
+from tallstore.verifying import shard_checks
+from tallstore.verifying.findings import attempt
+from tallstore.verifying.shard_checks import OwnedShards, check_shards
 
 BYTES = WHOLE["U8"]
 NOISE = np.random.default_rng(0).integers(1, 256, 10_000, dtype=np.uint8)
@@ -82,7 +84,7 @@ def test_a_shard_that_is_not_here_is_passed_over(written):
 
 
 def test_few_shards_are_open_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "MAX_SHARD_NBYTES", 1)
+    monkeypatch.setattr(shard_writer, "MAX_SHARD_NBYTES", 1)
     monkeypatch.setattr(shard_checks, "_MAX_OPEN_SHARDS", 2)
     writer = ShardWriter(tmp_path)
     payloads = [

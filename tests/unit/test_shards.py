@@ -11,12 +11,14 @@ import pytest
 import safetensors
 import xxhash
 
-from tallstore import bits, codecs, shards
-from tallstore.encodings import BITS, GAINS, SHARED, SIGNED, WHOLE
 from tallstore.errors import FormatError, IntegrityError
 from tallstore.files import hash_file
-from tallstore.manifest import Payload, Pool, Shard
-from tallstore.shards import LocalFile, ShardReader, ShardWriter, padded
+from tallstore.format import bits, codecs, shard_writer
+from tallstore.format.encodings import BITS, GAINS, SHARED, SIGNED, WHOLE
+from tallstore.format.manifest import Payload, Pool, Shard
+from tallstore.format.shard_reader import LocalFile, ShardReader
+from tallstore.format.shard_writer import ShardWriter
+from tallstore.format.shards import padded
 
 CHUNK = 1 << 20
 RANDOM = np.random.default_rng(0)
@@ -154,7 +156,7 @@ def test_members_of_the_pool_do_not_share_memory(tmp_path):
 
 
 def test_a_full_shard_is_followed_by_another(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "MAX_SHARD_NBYTES", 10_000)
+    monkeypatch.setattr(shard_writer, "MAX_SHARD_NBYTES", 10_000)
     writer = ShardWriter(tmp_path)
     written = {}
     for n in range(6):
@@ -178,7 +180,7 @@ def test_a_full_shard_is_followed_by_another(tmp_path, monkeypatch):
 
 
 def test_a_shard_takes_no_more_payloads_than_its_header_can_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "MAX_SHARD_PAYLOADS", 2)
+    monkeypatch.setattr(shard_writer, "MAX_SHARD_PAYLOADS", 2)
     writer = ShardWriter(tmp_path)
     for n in range(5):
         writer.whole("private", f"values/{n}", WHOLE["U8"], 4096, NOISE[:4096])

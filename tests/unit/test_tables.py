@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import tallstore
-from tallstore import tables
-from tallstore.bundle_files import BundleFiles
-from tallstore.manifest import GroupTable
-from tallstore.payloads import group_payloads, task_payloads
+from tallstore.format import tables
+from tallstore.format.bundle_files import BundleFiles
+from tallstore.format.manifest import GroupTable
+from tallstore.format.payloads import group_payloads, task_payloads
 from tests.bundle_builder import Bundle, Group, Task, with_tensor
 
 

@@ -15,11 +15,11 @@ import pytest
 import xxhash
 from safetensors.numpy import save_file
 
-from tallstore import bits, layout, verifying
-from tallstore.encodings import BITS, GAINS, SHARED, SIGNED, STEPS, WHOLE
 from tallstore.errors import BundleNotFoundError
 from tallstore.files import hash_file, write_file
-from tallstore.manifest import (
+from tallstore.format import bits, layout
+from tallstore.format.encodings import BITS, GAINS, SHARED, SIGNED, STEPS, WHOLE
+from tallstore.format.manifest import (
     BasePin,
     BaseTable,
     BaseTensor,
@@ -37,13 +37,12 @@ from tallstore.manifest import (
     TaskEntry,
     TaskTable,
     Vector,
-    parse_manifest,
-    serialise,
-    serialise_manifest,
 )
-from tallstore.r13 import r13
-from tallstore.shards import LocalFile, ShardWriter
-from tallstore.verifying import Problem, verify
+from tallstore.format.parsing import parse_manifest, serialise, serialise_manifest
+from tallstore.format.r13 import r13
+from tallstore.format.shard_reader import LocalFile
+from tallstore.format.shard_writer import ShardWriter
+from tallstore.verifying import Problem, bundle_checks, verify
 
 METHOD = Method(name="signed-mask", parameters={"threshold": 1.2})
 RANDOM = np.random.default_rng(0)
@@ -565,7 +564,7 @@ def test_a_file_that_the_system_cannot_read_is_a_problem(bundle, monkeypatch):
         return read_as_ever(self, start, stop)
 
     read_as_ever = LocalFile.read
-    monkeypatch.setattr(verifying, "hash_file", hash_all_but_one)
+    monkeypatch.setattr(bundle_checks, "hash_file", hash_all_but_one)
     monkeypatch.setattr(LocalFile, "read", read)
     problems = verify(bundle)
     assert Problem("FILE-4", "base.json", "cannot be read (Permission denied)") in problems

@@ -15,12 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from tallstore import layout
-from tallstore.dtypes import CHUNK_NUMEL, chunk_count, chunk_span
-from tallstore.encodings import POOL
 from tallstore.errors import FormatError
-from tallstore.findings import Problems, attempt
-from tallstore.manifest import (
+from tallstore.format import layout
+from tallstore.format.dtypes import CHUNK_NUMEL, chunk_count, chunk_span
+from tallstore.format.encodings import POOL
+from tallstore.format.manifest import (
     BasedTensor,
     ExtendedTensor,
     MaskTensor,
@@ -34,9 +33,20 @@ from tallstore.manifest import (
     Tensor,
     Vector,
 )
-from tallstore.payloads import BaseTensors, Shape, Stored, Vectors, gains_of, leading_shape, row_count, vector_step_of
-from tallstore.r13 import in_range, row_scales
-from tallstore.shards import POOL_KEY, LocalFile, PayloadReader, ShardReader
+from tallstore.format.payloads import (
+    BaseTensors,
+    Shape,
+    Stored,
+    Vectors,
+    gains_of,
+    leading_shape,
+    row_count,
+    vector_step_of,
+)
+from tallstore.format.r13 import in_range, row_scales
+from tallstore.format.shard_reader import LocalFile, PayloadReader, ShardReader
+from tallstore.format.shards import POOL_KEY
+from tallstore.verifying.findings import Problems, attempt
 
 _MAX_OPEN_SHARDS = 8
 # What the checks of the tables have reported already, before any shard was opened.

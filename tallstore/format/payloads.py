@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from tallstore import encodings
-from tallstore.dtypes import chunk_count
-from tallstore.encodings import Encoding
-from tallstore.manifest import (
+from tallstore.format import encodings
+from tallstore.format.dtypes import chunk_count
+from tallstore.format.encodings import Encoding
+from tallstore.format.manifest import (
     BaseTable,
     BaseTensor,
     ExtendedTensor,

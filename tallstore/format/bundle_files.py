@@ -18,8 +18,6 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from tallstore import layout
-from tallstore.bits import Bytes
 from tallstore.errors import (
     BundleNotFoundError,
     FormatError,
@@ -28,8 +26,9 @@ from tallstore.errors import (
     UnknownTaskError,
     UnknownTensorError,
 )
-from tallstore.manifest import (
-    MAX_JSON_NBYTES,
+from tallstore.format import layout
+from tallstore.format.bits import Bytes
+from tallstore.format.manifest import (
     AliasTensor,
     BaseTable,
     DroppedTensor,
@@ -37,16 +36,13 @@ from tallstore.manifest import (
     GroupTable,
     ScaledCode,
     Shard,
-    Table,
     TaskEntry,
     TaskTable,
     Vector,
     Whole,
-    is_newer_minor,
-    parse,
-    parse_manifest,
 )
-from tallstore.payloads import (
+from tallstore.format.parsing import MAX_JSON_NBYTES, Table, is_newer_minor, parse, parse_manifest
+from tallstore.format.payloads import (
     BaseTensors,
     Shape,
     Stored,
@@ -57,9 +53,9 @@ from tallstore.payloads import (
     row_count,
     vector_step_of,
 )
-from tallstore.r13 import in_range, row_scales
-from tallstore.shards import LocalFile, PayloadReader, ShardReader, Verify
-from tallstore.tables import check_base, check_embedded_base, check_group, check_manifest, check_task, refuse
+from tallstore.format.r13 import in_range, row_scales
+from tallstore.format.shard_reader import LocalFile, PayloadReader, ShardReader, Verify
+from tallstore.format.tables import check_base, check_embedded_base, check_group, check_manifest, check_task, refuse
 
 # A process may hold about a thousand files open, a bundle may have more: the ones used last stay open.
 _MAX_OPEN_SHARDS = 64
@@ -331,7 +327,7 @@ class BundleFiles:
             return FormatError("FILE-4", path, f"is missing from {self.root}; fetch the bundle again")
         return NotFetchedError(
             f"{self.root}: task {name!r} was not fetched ({path} is not here); "
-            f"run `tallstore pull … --task {name!r}`, or copy its files"
+            f"copy its files from where the bundle came from"
         )
 
 

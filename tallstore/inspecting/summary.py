@@ -17,11 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tallstore import layout
-from tallstore.dtypes import TensorSpec
 from tallstore.errors import BundleNotFoundError, FormatError, IntegrityError, UnsupportedFeatureError
-from tallstore.manifest import (
-    MAX_JSON_NBYTES,
+from tallstore.format import layout
+from tallstore.format.dtypes import TensorSpec
+from tallstore.format.manifest import (
     BaseTable,
     ExtendedTensor,
     GroupEntry,
@@ -30,15 +29,12 @@ from tallstore.manifest import (
     SameCode,
     Scalar,
     SignedTensor,
-    Table,
     TaskEntry,
     TaskTable,
     Tensor,
     Whole,
-    is_newer_minor,
-    parse,
-    parse_manifest,
 )
+from tallstore.format.parsing import MAX_JSON_NBYTES, Table, is_newer_minor, parse, parse_manifest
 
 _CODED_KINDS = frozenset({"mask", "signed"})
 _WHOLE_KIND = "private"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tallstore.errors import OptionError
-from tallstore.expert import Expert
+from tallstore.loading.expert import Expert
 
 _SHOWN_NAMES: Final = 5
 

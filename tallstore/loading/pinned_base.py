@@ -9,11 +9,11 @@ import xxhash
 from torch import Tensor, uint8
 
 from tallstore.checkpoints import Checkpoint
-from tallstore.dtypes import CHUNK_NUMEL, TensorSpec, chunk_count, chunk_span
 from tallstore.errors import BaseMismatchError
-from tallstore.manifest import BaseTensor
-from tallstore.payloads import BaseTensors
-from tallstore.shards import Verify
+from tallstore.format.dtypes import CHUNK_NUMEL, TensorSpec, chunk_count, chunk_span
+from tallstore.format.manifest import BaseTensor
+from tallstore.format.payloads import BaseTensors
+from tallstore.format.shard_reader import Verify
 
 
 class PinnedBase:

@@ -1,16 +1,11 @@
-"""Shards: safetensors files whose U8 tensors are the payloads of a bundle, with one index of chunk hashes behind them.
-
-`ShardWriter` streams payloads into numbered shards; `ShardReader` reads, checks and decodes single chunks. No tensor is
-ever held whole on either side.
-"""
+"""Reads shards: single chunks, checked and decoded when they are asked for."""
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -18,237 +13,27 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from tallstore import bits, codecs, files, layout
-from tallstore.bits import Bytes
-from tallstore.codecs import Codec
-from tallstore.dtypes import CHUNK_NUMEL, chunk_count, chunk_span
-from tallstore.encodings import POOL, Encoding
 from tallstore.errors import FormatError, IntegrityError
-from tallstore.files import Written
-from tallstore.manifest import FORMAT_VERSION, Payload, Pool, Shard
-from tallstore.safetensors_header import LENGTH_NBYTES, Header, HeaderProblem, header_nbytes, parse_header
+from tallstore.format import codecs
+from tallstore.format.bits import Bytes
+from tallstore.format.codecs import Codec
+from tallstore.format.dtypes import CHUNK_NUMEL, chunk_count, chunk_span
+from tallstore.format.encodings import POOL, Encoding
+from tallstore.format.manifest import Payload, Shard
+from tallstore.format.safetensors_header import LENGTH_NBYTES, Header, HeaderProblem, header_nbytes, parse_header
+from tallstore.format.shards import (
+    ALIGNMENT,
+    INDEX_KEY,
+    METADATA_KEY,
+    POOL_ALIGNMENT,
+    POOL_KEY,
+    RECORD_NBYTES,
+    padded,
+)
 
-ALIGNMENT = 64
-RECORD_NBYTES = 32
-INDEX_KEY = "index"
-POOL_KEY = "pool"
-METADATA_KEY = "tallstore"
-POOL_ALIGNMENT = 8
-POOLED_NUMEL = 4096  # payloads of fewer elements go to the pool
-MAX_SHARD_NBYTES = 4 << 30  # a shard takes no further payload beyond this
-MAX_SHARD_PAYLOADS = 1 << 15  # nor beyond this: the longest names must leave the header under its limit
-WORTHWHILE = 0.97  # coded bytes must be under this share of the raw ones
-_TRIAL_CHUNKS = 8  # how many chunks decide whether a payload is worth coding
 _CHANGED = "changed since it was written; fetch the file again"
 
 Verify = Literal["first-read", "never", "always"]
-
-
-def padded(nbytes: int) -> int:
-    """*nbytes* rounded up to the alignment of payloads."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
-# --- writing ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Body:
-    """A shard being written: its payloads stream into a file that gets its header at the end."""
-
-    stem: str
-    number: int
-    path: Path
-    nbytes: int = 0
-    tensors: dict[str, tuple[int, int]] = field(default_factory=dict)  # key -> start and stop in the data
-    records: list[bytes] = field(default_factory=list)
-    pool: bytearray = field(default_factory=bytearray)
-
-    @property
-    def is_full(self) -> bool:
-        """Whether no further payload may begin here."""
-        return self.nbytes + len(self.pool) > MAX_SHARD_NBYTES or len(self.tensors) >= MAX_SHARD_PAYLOADS
-
-    def append(self, data: bytes) -> None:
-        # Opened for each chunk: a thousand tasks are a thousand shards, more than a process may hold open.
-        with self.path.open("ab") as file:
-            file.write(data)
-        self.nbytes += len(data)
-
-
-class ShardWriter:
-    """Streams the payloads of one owner, a group or a task, into shards in *directory*.
-
-    Payloads of one stem are written one after the other. `finish` writes headers and indexes, and gives what the
-    owner's table and the manifest list.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._bodies: list[_Body] = []
-
-    def payload(self, stem: str, key: str, encoding: Encoding, codec: Codec | None = None) -> PayloadWriter:
-        """Begin a payload in the current shard of *stem*.
-
-        Args:
-            stem: what the shard's file name begins with.
-            key: the payload's name in the shard.
-            encoding: what its bytes mean.
-            codec: how to store it; None takes the smaller, raw unless coding saves 3 %.
-        """
-        return PayloadWriter(self._body(stem), key, encoding, codec, self._shard_number(stem))
-
-    def whole(self, stem: str, key: str, encoding: Encoding, numel: int, decoded: Bytes) -> Payload:
-        """Write a payload that is at hand as decoded bytes: into the pool if it is small."""
-        if numel >= POOLED_NUMEL:
-            writer = self.payload(stem, key, encoding)
-            width = encoding.width
-            writer.append(decoded if width >= 8 else bits.unpack(decoded, numel, width))
-            return writer.finish()
-        body = self._body(stem)
-        at = len(body.pool)
-        body.pool += decoded.tobytes()
-        body.pool += bytes(-len(body.pool) % POOL_ALIGNMENT)
-        return Payload(shard=self._shard_number(stem), codec="pooled", at=at)
-
-    def finish(self) -> tuple[tuple[Shard, ...], dict[str, Written]]:
-        """Write pools, indexes and headers.
-
-        Returns:
-            the shards in the order that payloads number them by, and each file's size and hashes by file name.
-        """
-        counts: dict[str, int] = {}
-        for body in self._bodies:
-            counts[body.stem] = max(counts.get(body.stem, 0), body.number)
-        shards, written = [], {}
-        for body in self._bodies:
-            name = layout.shard_name(body.stem, body.number, counts[body.stem])
-            shard, file = _finish_body(body, self._directory / name)
-            shards.append(shard)
-            written[name] = file
-        return tuple(shards), written
-
-    def _shard_number(self, stem: str) -> int:
-        return max(position for position, body in enumerate(self._bodies) if body.stem == stem)
-
-    def _body(self, stem: str) -> _Body:
-        """The shard that the next payload of *stem* goes to."""
-        current = [body for body in self._bodies if body.stem == stem]
-        if current and not current[-1].is_full:
-            return current[-1]
-        number = len(current) + 1
-        body = _Body(stem, number, self._directory / f"{stem}-{number:05d}.body")
-        body.path.touch()
-        self._bodies.append(body)
-        return body
-
-
-class PayloadWriter:
-    """One payload: elements come in pieces of any size and leave in chunks."""
-
-    def __init__(self, body: _Body, key: str, encoding: Encoding, codec: Codec | None, shard: int) -> None:
-        self._body, self._key, self._encoding, self._shard = body, key, encoding, shard
-        self._codec = codec
-        self._pending: list[Bytes] = []  # decoded chunks that wait for the choice of the codec
-        self._buffer = np.empty(CHUNK_NUMEL * encoding.itemsize, np.uint8)
-        self._filled = 0
-        self._start, self._at, self._end = body.nbytes, len(body.records), 0
-
-    def append(self, units: Bytes) -> None:
-        """Add elements: one code a byte for encodings of less than a byte, their bytes for the others."""
-        while units.size:
-            room = self._buffer.size - self._filled
-            piece, units = units[:room], units[room:]
-            self._buffer[self._filled : self._filled + piece.size] = piece
-            self._filled += piece.size
-            if self._filled == self._buffer.size:
-                self._close_chunk()
-
-    def finish(self) -> Payload:
-        """Write what is left; where the payload is."""
-        if self._filled:
-            self._close_chunk()
-        self._choose_codec()
-        self._body.append(bytes(padded(self._end) - self._end))
-        self._body.tensors[self._key] = (self._start, self._body.nbytes)
-        return Payload(shard=self._shard, codec=self._codec or "raw", at=self._at)
-
-    def discard(self) -> None:
-        """Take back everything that was written; nothing may have followed."""
-        self._pending, self._filled = [], 0
-        os.truncate(self._body.path, self._start)
-        self._body.nbytes = self._start
-        del self._body.records[self._at :]
-
-    @property
-    def stored_nbytes(self) -> int:
-        """Bytes of the chunks stored so far."""
-        return self._end
-
-    def _close_chunk(self) -> None:
-        filled, self._filled = self._buffer[: self._filled], 0
-        chunk = bits.pack(filled, self._encoding.width) if self._encoding.width < 8 else filled.copy()
-        if self._codec is not None:
-            self._store(codecs.encode(self._codec, chunk, self._encoding.itemsize))
-            return
-        self._pending.append(chunk)
-        if len(self._pending) == _TRIAL_CHUNKS:
-            self._choose_codec()
-
-    def _choose_codec(self) -> None:
-        """Take the smaller codec for the chunks so far, and for all that follow."""
-        if self._codec is not None:
-            return
-        coding: Codec = "planes-zstd" if self._encoding.is_float else "zstd"
-        coded = [codecs.encode(coding, chunk, self._encoding.itemsize) for chunk in self._pending]
-        raw = [chunk.tobytes() for chunk in self._pending]
-        worthwhile = sum(map(len, coded)) < WORTHWHILE * sum(map(len, raw))
-        self._codec = coding if worthwhile else "raw"
-        for stored in coded if worthwhile else raw:
-            self._store(stored)
-        self._pending = []
-
-    def _store(self, stored: bytes) -> None:
-        self._body.append(stored)
-        self._end += len(stored)
-        rank = 0  # only payloads of `sparse` tensors count
-        self._body.records.append(
-            xxhash.xxh3_128_digest(stored) + self._end.to_bytes(8, "little") + rank.to_bytes(8, "little")
-        )
-
-
-def _finish_body(body: _Body, path: Path) -> tuple[Shard, Written]:
-    pool = None
-    if body.pool:
-        writer = PayloadWriter(body, POOL_KEY, POOL, None, 0)
-        writer.append(np.frombuffer(bytes(body.pool), np.uint8))
-        placed = writer.finish()
-        pool = Pool(nbytes=len(body.pool), codec="zstd" if placed.codec == "zstd" else "raw", at=placed.at)
-    index = b"".join(body.records)
-    entries: dict[str, object] = {"__metadata__": {METADATA_KEY: FORMAT_VERSION}}
-    for key, (start, stop) in body.tensors.items():
-        entries[key] = {"dtype": "U8", "shape": [stop - start], "data_offsets": [start, stop]}
-    stop = body.nbytes + len(index)
-    entries[INDEX_KEY] = {
-        "dtype": "U8",
-        "shape": [len(body.records), RECORD_NBYTES],
-        "data_offsets": [body.nbytes, stop],
-    }
-    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (padded(LENGTH_NBYTES + len(text)) - LENGTH_NBYTES - len(text))
-    header = len(text).to_bytes(LENGTH_NBYTES, "little") + text
-    written = files.write_file(path, header, body.path, index)
-    body.path.unlink()
-    shard = Shard(
-        file=path.name,
-        header_xxh3=xxhash.xxh3_128_hexdigest(header),
-        index_xxh3=xxhash.xxh3_128_hexdigest(index),
-        pool=pool,
-    )
-    return shard, written
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 class LocalFile:

@@ -14,10 +14,10 @@ from typing import TypeVar
 
 import numpy as np
 
-from tallstore import layout
-from tallstore.dtypes import CODED, chunk_count
 from tallstore.errors import FormatError, UnsupportedFeatureError
-from tallstore.manifest import (
+from tallstore.format import layout
+from tallstore.format.dtypes import CODED, chunk_count
+from tallstore.format.manifest import (
     MAX_NUMEL,
     AliasTensor,
     BasedTensor,
@@ -43,7 +43,7 @@ from tallstore.manifest import (
     Vector,
     Whole,
 )
-from tallstore.payloads import (
+from tallstore.format.payloads import (
     BaseTensors,
     Shape,
     Stored,
@@ -53,8 +53,8 @@ from tallstore.payloads import (
     leading_shape,
     task_payloads,
 )
-from tallstore.r13 import is_r13
-from tallstore.shards import POOL_ALIGNMENT
+from tallstore.format.r13 import is_r13
+from tallstore.format.shards import POOL_ALIGNMENT
 
 MAX_NAME_NBYTES = 1024
 STEPPED = frozenset({"I8", "LOG4"})

@@ -20,10 +20,10 @@ from rich.text import Text
 
 if TYPE_CHECKING:  # the commands that need them have them; an error or a help text needs none
     from tallstore.exporting import Exported
-    from tallstore.inspecting import BundleSummary, GroupSummary, Presence, TaskSummary
+    from tallstore.inspecting.summary import BundleSummary, GroupSummary, Presence, TaskSummary
+    from tallstore.inspecting.task_details import TaskDetails, TensorSummary
     from tallstore.packing import PackedTask, PackReport
     from tallstore.packing.group import StoredWhole
-    from tallstore.task_details import TaskDetails, TensorSummary
 
 _WIDTH_OF_A_PIPE = 200  # nothing is cut short where nobody looks at the lines' length
 _NARROWEST_NAME = 12

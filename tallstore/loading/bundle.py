@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Final, get_args
 import torch
 from torch import Tensor, nn
 
-from tallstore.bundle_files import BundleFiles
 from tallstore.checkpoints import Checkpoint, CheckpointSource, open_checkpoint
 from tallstore.errors import BaseMissingError, OptionError
-from tallstore.expert import Expert
-from tallstore.manifest import Manifest
-from tallstore.model_weights import LoadResult, load_expert
-from tallstore.pinned_base import PinnedBase
-from tallstore.shards import Verify
+from tallstore.format.bundle_files import BundleFiles
+from tallstore.format.manifest import Manifest
+from tallstore.format.shard_reader import Verify
+from tallstore.loading.expert import Expert
+from tallstore.loading.model_weights import LoadResult, load_expert
+from tallstore.loading.pinned_base import PinnedBase
 
 if TYPE_CHECKING:
     from types import TracebackType

@@ -6,9 +6,10 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from tallstore import files, layout
-from tallstore.dtypes import TensorSpec, itemsize
+from tallstore import files
 from tallstore.files import Written
+from tallstore.format import layout
+from tallstore.format.dtypes import TensorSpec, itemsize
 
 MAX_SHARD_NBYTES = 5 << 30
 _STEM = "model"

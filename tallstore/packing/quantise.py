@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tallstore.encodings import LOG4_VALUES
-from tallstore.manifest import SharedDtype
-from tallstore.r13 import SMALLEST, r13
+from tallstore.format.encodings import LOG4_VALUES
+from tallstore.format.manifest import SharedDtype
+from tallstore.format.r13 import SMALLEST, r13
 
 STEPPED: frozenset[SharedDtype] = frozenset({"I8", "LOG4"})
 _LARGEST_CODE = {"I8": 127.0, "LOG4": 1.0}  # the largest value a code stands for, in steps

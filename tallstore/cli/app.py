@@ -63,7 +63,7 @@ class _Commands(TyperGroup):
     """All commands: what any of them raises becomes an exit code and one line."""
 
     def invoke(self, ctx: Any) -> object:  # noqa: ANN401 - its type is where each version of typer has its click
-        from tallstore import console  # noqa: PLC0415 - rich, which `--version` does without
+        from tallstore.cli import console  # noqa: PLC0415 - rich, which `--version` does without
 
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
@@ -255,8 +255,8 @@ def pack(
     names = _pairs(key_mapping or (), "--key-mapping", "REGEX=REPLACEMENT", last=True)
     chosen = _method(method, threshold, mask_lambda, merge, gain)
 
-    from tallstore import console  # noqa: PLC0415 - what only this command needs
-    from tallstore.expert_sources import find_experts  # noqa: PLC0415
+    from tallstore.cli import console  # noqa: PLC0415 - what only this command needs
+    from tallstore.cli.expert_sources import find_experts  # noqa: PLC0415
 
     found = {} if experts is None else find_experts(experts, base)
     for name in named.keys() & found.keys():
@@ -292,14 +292,15 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Show what is in a bundle: sizes, methods, how true each task is. Decodes nothing."""
-    from tallstore import console, inspecting  # noqa: PLC0415 - what only this command needs
+    from tallstore.cli import console  # noqa: PLC0415 - what only this command needs
+    from tallstore.inspecting import summary as inspecting  # noqa: PLC0415 - what only this command needs
 
     if task is None:
         summary = inspecting.summarise(bundle)
         _print_json(summary.to_dict()) if as_json else console.print_bundle(summary)
         return
 
-    from tallstore.task_details import describe_task  # noqa: PLC0415 - numpy, which a summary does without
+    from tallstore.inspecting.task_details import describe_task  # noqa: PLC0415 - numpy, which a summary does without
 
     details = describe_task(bundle, task)
     _print_json(details.to_dict()) if as_json else console.print_task(details)
@@ -308,7 +309,8 @@ def inspect(
 @app.command(epilog="Example: tallstore verify ./bundle")
 def verify(bundle: BundleArgument, as_json: JsonOption = False) -> None:
     """Check every rule of the format and every byte; print each problem."""
-    from tallstore import console, inspecting  # noqa: PLC0415 - what only this command needs
+    from tallstore.cli import console  # noqa: PLC0415 - what only this command needs
+    from tallstore.inspecting import summary as inspecting  # noqa: PLC0415 - what only this command needs
 
     problems = tallstore.verify(bundle)
     if as_json:
@@ -339,7 +341,8 @@ def export(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Write one expert as a Hugging Face directory that from_pretrained loads."""
-    from tallstore import console, exporting  # noqa: PLC0415 - what only this command needs
+    from tallstore import exporting  # noqa: PLC0415 - what only this command needs
+    from tallstore.cli import console  # noqa: PLC0415 - what only this command needs
 
     with tallstore.open_bundle(bundle, base=base) as opened, console.progress("exporting") as progress:
         exported = exporting.export(

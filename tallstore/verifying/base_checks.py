@@ -11,14 +11,15 @@ from pathlib import Path
 
 import xxhash
 
-from tallstore import layout
-from tallstore.dtypes import TensorSpec, chunk_count, chunk_span, itemsize
 from tallstore.errors import FormatError, IntegrityError
-from tallstore.findings import Problems, attempt
-from tallstore.manifest import MAX_JSON_NBYTES, BaseTensor
-from tallstore.payloads import BaseTensors
-from tallstore.safetensors_header import LENGTH_NBYTES, Entry, HeaderProblem, header_nbytes, parse_header
-from tallstore.shards import LocalFile
+from tallstore.format import layout
+from tallstore.format.dtypes import TensorSpec, chunk_count, chunk_span, itemsize
+from tallstore.format.manifest import BaseTensor
+from tallstore.format.parsing import MAX_JSON_NBYTES
+from tallstore.format.payloads import BaseTensors
+from tallstore.format.safetensors_header import LENGTH_NBYTES, Entry, HeaderProblem, header_nbytes, parse_header
+from tallstore.format.shard_reader import LocalFile
+from tallstore.verifying.findings import Problems, attempt
 
 _SINGLE = f"{layout.BASE_DIRECTORY}/model.safetensors"
 _INDEX = f"{_SINGLE}.index.json"

@@ -15,11 +15,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tallstore import files, layout
-from tallstore import manifest as tables
-from tallstore.bundle import open_bundle
+from tallstore import files
 from tallstore.checkpoints import Checkpoint, CheckpointSource, HubRef, open_checkpoint
-from tallstore.dtypes import CODED
 from tallstore.errors import (
     InputError,
     OptionError,
@@ -28,11 +25,15 @@ from tallstore.errors import (
     TooFewExpertsError,
 )
 from tallstore.fit import Fit, Method, SignedMask, TallMask, TallMaskFit, prepare
-from tallstore.manifest import SharedDtype
+from tallstore.format import layout
+from tallstore.format import manifest as tables
+from tallstore.format.dtypes import CODED
+from tallstore.format.manifest import SharedDtype
+from tallstore.loading.bundle import open_bundle
 from tallstore.packing import assemble
 from tallstore.packing.group import GroupPacker
 from tallstore.packing.outcome import PackReport, report, with_scores
-from tallstore.packing.plan import Expert, Part, is_private, is_text, name_experts, parts_by_base_name
+from tallstore.packing.plan import Expert, Part, hints, is_private, is_text, name_experts, parts_by_base_name
 from tallstore.packing.stack import trimmable_chunks
 from tallstore.packing.workers import workers
 
@@ -132,7 +133,8 @@ def pack(
                 scores = job.evaluate(root, evaluate)
                 with files.writing(place):
                     report = job.record_scores(root, report, scores)
-    return replace(report, path=target, dry_run=dry_run)
+        advice = (*hints(opened_base, named, options.private), *report.advice)
+    return replace(report, path=target, dry_run=dry_run, advice=advice)
 
 
 @contextlib.contextmanager

@@ -11,8 +11,8 @@ from typing import Literal
 import numpy as np
 import zstandard
 
-from tallstore.bits import Bytes
 from tallstore.errors import FormatError
+from tallstore.format.bits import Bytes
 
 Codec = Literal["raw", "zstd", "planes-zstd"]
 

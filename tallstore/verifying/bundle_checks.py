@@ -14,30 +14,25 @@ from functools import partial
 from itertools import chain
 from pathlib import Path, PurePosixPath
 
-from tallstore import layout
-from tallstore.base_checks import check_base_files
 from tallstore.errors import BundleNotFoundError, FormatError, IntegrityError
 from tallstore.files import hash_file
-from tallstore.findings import Problems, attempt, unreadable
-from tallstore.manifest import (
-    MAX_JSON_NBYTES,
+from tallstore.format import layout
+from tallstore.format.manifest import (
     MAX_NUMEL,
     BaseTable,
     FileEntry,
     GroupEntry,
     GroupTable,
     Manifest,
-    Table,
     TaskEntry,
     TaskTable,
-    is_newer_minor,
-    own_sha256,
-    parse,
-    parse_manifest,
 )
-from tallstore.payloads import BaseTensors, Vectors, base_tensors, group_payloads, group_vectors, task_payloads
-from tallstore.shard_checks import OwnedShards, check_scales, check_shards
-from tallstore.tables import check_base, check_embedded_base, check_group, check_manifest, check_task
+from tallstore.format.parsing import MAX_JSON_NBYTES, Table, is_newer_minor, own_sha256, parse, parse_manifest
+from tallstore.format.payloads import BaseTensors, Vectors, base_tensors, group_payloads, group_vectors, task_payloads
+from tallstore.format.tables import check_base, check_embedded_base, check_group, check_manifest, check_task
+from tallstore.verifying.base_checks import check_base_files
+from tallstore.verifying.findings import Problems, attempt, unreadable
+from tallstore.verifying.shard_checks import OwnedShards, check_scales, check_shards
 
 _COMPANIONS = "files"
 _HASHING_THREADS = 2  # sha256 is slower than a disk

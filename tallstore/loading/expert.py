@@ -10,11 +10,10 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from tallstore.bundle_files import BundleFiles, Task
 from tallstore.checkpoints.torch_dtypes import TORCH_DTYPES
-from tallstore.decode import CodedChunk, RowScales, copy_cast, rebuild
-from tallstore.dtypes import CHUNK_NUMEL, TensorSpec
-from tallstore.manifest import (
+from tallstore.format.bundle_files import BundleFiles, Task
+from tallstore.format.dtypes import CHUNK_NUMEL, TensorSpec
+from tallstore.format.manifest import (
     ExtendedTensor,
     MaskCode,
     MaskTensor,
@@ -25,7 +24,7 @@ from tallstore.manifest import (
     SharedDtype,
     SignedTensor,
 )
-from tallstore.payloads import (
+from tallstore.format.payloads import (
     Shape,
     Stored,
     further_of,
@@ -34,8 +33,9 @@ from tallstore.payloads import (
     values_of,
     vector_values_of,
 )
-from tallstore.pinned_base import PinnedBase
-from tallstore.shards import PayloadReader
+from tallstore.format.shard_reader import PayloadReader
+from tallstore.loading.decode import CodedChunk, RowScales, copy_cast, rebuild
+from tallstore.loading.pinned_base import PinnedBase
 
 
 class Expert:

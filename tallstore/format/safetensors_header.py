@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, NoReturn, TypeGuard
 
-from tallstore.dtypes import DTYPES, Dtype, is_dtype
+from tallstore.format.dtypes import DTYPES, Dtype, is_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

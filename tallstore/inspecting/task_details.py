@@ -7,20 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tallstore import layout
-from tallstore.bundle_files import BundleFiles, Task
-from tallstore.inspecting import Tables, TaskSummary, kind_of, summarise_task
-from tallstore.manifest import (
-    AliasTensor,
-    BasedTensor,
-    CompanionFile,
-    Estimate,
-    ExtendedTensor,
-    Tensor,
-    Whole,
-)
-from tallstore.payloads import Shape, Stored, tensor_payloads
-from tallstore.shards import LocalFile, ShardReader
+from tallstore.format import layout
+from tallstore.format.bundle_files import BundleFiles, Task
+from tallstore.format.manifest import AliasTensor, BasedTensor, CompanionFile, Estimate, ExtendedTensor, Tensor, Whole
+from tallstore.format.payloads import Shape, Stored, tensor_payloads
+from tallstore.format.shard_reader import LocalFile, ShardReader
+from tallstore.inspecting.summary import Tables, TaskSummary, kind_of, summarise_task
 
 
 @dataclass(frozen=True)

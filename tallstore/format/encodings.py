@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tallstore import bits
-from tallstore.bits import Bytes
-from tallstore.dtypes import CODED, DTYPES
 from tallstore.errors import FormatError
-from tallstore.r13 import SMALLEST, is_r13
+from tallstore.format import bits
+from tallstore.format.bits import Bytes
+from tallstore.format.dtypes import CODED, DTYPES
+from tallstore.format.r13 import SMALLEST, is_r13
 
 # Code k of log4 stands for 2^(-k/2); 181/256 replaces the square root of 1/2, so that 8 significant bits hold every
 # value.

@@ -19,11 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tallstore import bits
-from tallstore.bits import Bytes
-from tallstore.dtypes import CHUNK_NUMEL
-from tallstore.encodings import LOG4_VALUES, SIGNED_VALUES
-from tallstore.manifest import SharedDtype
+from tallstore.format import bits
+from tallstore.format.bits import Bytes
+from tallstore.format.dtypes import CHUNK_NUMEL
+from tallstore.format.encodings import LOG4_VALUES, SIGNED_VALUES
+from tallstore.format.manifest import SharedDtype
 
 _TILE_NUMEL: Final = 1 << 18  # what fits the caches, and makes the cost of a call small
 _SERIAL_NUMEL: Final = 1 << 15  # torch works on that many elements without its other threads

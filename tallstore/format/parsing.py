@@ -1,0 +1,234 @@
+"""The JSON files of a bundle from bytes and to bytes: parsed strictly, with errors that carry rule and place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from tallstore.errors import FormatError, IntegrityError, UnsupportedFeatureError, UnsupportedVersionError
+from tallstore.format.manifest import FORMAT_VERSION, BaseTable, GroupTable, Manifest, TaskTable
+
+#: Features that this reader has. Every one may stand in `required_features`.
+FEATURES: frozenset[str] = frozenset()
+
+MAX_JSON_NBYTES = 64 << 20
+MAX_JSON_DEPTH = 32
+
+_MAX_SHOWN_TEXT = 80
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+Table = TypeVar("Table", Manifest, BaseTable, GroupTable, TaskTable)
+
+
+def parse_manifest(raw: bytes, where: str) -> Manifest:
+    """Parse tallstore.json: its own hash, its version and its features first, then every field.
+
+    Raises:
+        UnsupportedVersionError: VER-1, VER-2.
+        UnsupportedFeatureError: VER-4.
+        IntegrityError: MAN-1, a byte was changed.
+        FormatError: JSON-1 to JSON-4, VER-3, LIM-1.
+    """
+    document = _document(raw, where)
+    newer_minor = _check_version(document, where)
+    _check_own_hash(document, raw, where)
+    _check_features_first(document, where)
+    return _convert(document, Manifest, where, newer_minor=newer_minor)
+
+
+def parse(raw: bytes, table: type[Table], where: str, *, newer_minor: bool = False) -> Table:
+    """Parse another JSON file of a bundle.
+
+    Args:
+        raw: the file.
+        table: the type to parse into.
+        where: the file's name, for messages.
+        newer_minor: whether the manifest's version is a newer minor, whose unknown keys are ignored with a warning.
+
+    Raises:
+        UnsupportedFeatureError: VER-4, before anything else of the table is looked at.
+        FormatError: JSON-1 to JSON-4, VER-3, LIM-1.
+    """
+    document = _document(raw, where)
+    _check_features_first(document, where)
+    return _convert(document, table, where, newer_minor=newer_minor)
+
+
+def is_newer_minor(manifest: Manifest) -> bool:
+    """Whether *manifest* is of a newer minor version than this reader's."""
+    return _version(manifest.format_version, "") > _version(FORMAT_VERSION, "")
+
+
+def check_features(required: tuple[str, ...], where: str) -> None:
+    """Refuse, by name, the first required feature that this reader does not have (VER-4)."""
+    for feature in required:
+        if feature not in FEATURES:
+            raise UnsupportedFeatureError(
+                "VER-4", where, f"requires the feature {feature!r}, which this reader does not have; update tallstore"
+            )
+
+
+def _check_features_first(document: dict[str, Any], where: str) -> None:
+    """A feature may bring keys and kinds of its own: it is what must be named, not they."""
+    features = document.get("required_features")
+    if isinstance(features, list):
+        check_features(tuple(str(feature) for feature in features), where)
+
+
+def _document(raw: bytes, where: str) -> dict[str, Any]:
+    if len(raw) > MAX_JSON_NBYTES:
+        raise FormatError("JSON-4", where, f"has {len(raw)} bytes, over the limit of {MAX_JSON_NBYTES}")
+    try:
+        text = raw.decode("utf-8")
+        document = _load(text, where)
+    except UnicodeDecodeError as error:
+        raise FormatError("JSON-1", where, f"is not UTF-8 (byte {error.start})") from None
+    except RecursionError:
+        raise FormatError("JSON-1", where, f"is nested more than {MAX_JSON_DEPTH} deep") from None
+    except ValueError as error:
+        raise FormatError("JSON-1", where, f"is not JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise FormatError("JSON-1", where, "is not a JSON object")
+    _check_depth(document, where)
+    _check_text(document, text, where)
+    return document
+
+
+def _load(text: str, where: str) -> object:
+    """Parse JSON, refusing what `json` lets pass: keys that stand twice, NaN, infinities, numbers as large as those."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+            raise FormatError("JSON-2", where, f"has the key {_quoted(twice)} twice in one object")
+        return found
+
+    def refuse(constant: str) -> NoReturn:
+        raise FormatError("JSON-1", where, f"has {constant}, which is not JSON")
+
+    def finite(digits: str) -> float:
+        if math.isinf(number := float(digits)):
+            raise FormatError("JSON-1", where, f"has {_quoted(digits)}, a number beyond the range of float64")
+        return number
+
+    parsed: object = json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
+    return parsed
+
+
+def _quoted(text: str) -> str:
+    return repr(text) if len(text) <= _MAX_SHOWN_TEXT else f"{text[:_MAX_SHOWN_TEXT]!r}…"
+
+
+def _check_depth(document: dict[str, Any], where: str) -> None:
+    """Refuse deep nesting of objects and arrays; level by level, so that depth costs no recursion."""
+    level: list[Any] = [document]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
+        ]
+    if level:
+        raise FormatError("JSON-1", where, f"is nested more than {MAX_JSON_DEPTH} deep")
+
+
+def _check_text(document: dict[str, Any], text: str, where: str) -> None:
+    """Refuse halves of surrogate pairs, which JSON can escape but UTF-8 cannot hold."""
+    if _ESCAPED_SURROGATE.search(text) is None:
+        return
+    try:
+        json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise FormatError("JSON-1", where, "escapes one half of a surrogate pair, which is no text") from None
+
+
+def _version(text: object, where: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(0|[1-9][0-9]{0,5})\.(0|[1-9][0-9]{0,5})(-draft)?", text) if isinstance(text, str) else None
+    if found is None:
+        raise UnsupportedVersionError("VER-1", where, f"format_version is {str(text)[:40]!r}, which is no version")
+    return int(found[1]), int(found[2])
+
+
+def _check_version(document: dict[str, Any], where: str) -> bool:
+    """Refuse what this reader does not read; True for a newer minor version."""
+    if document.get("format") != "tallstore":
+        raise FormatError("JSON-3", where, "is not the manifest of a tallstore bundle (its format is not 'tallstore')")
+    text = document.get("format_version")
+    version, reader = _version(text, where), _version(FORMAT_VERSION, where)
+    if version[0] != reader[0]:
+        raise UnsupportedVersionError("VER-1", where, f"format_version is {text}, this reader reads {reader[0]}.x")
+    if str(text).endswith("-draft") and text != FORMAT_VERSION:
+        raise UnsupportedVersionError("VER-2", where, f"format_version is {text}, this reader reads {FORMAT_VERSION}")
+    return version > reader
+
+
+def _check_own_hash(document: dict[str, Any], raw: bytes, where: str) -> None:
+    recorded = document.get("manifest_sha256")
+    if not isinstance(recorded, str) or re.fullmatch("[0-9a-f]{64}", recorded) is None:
+        raise FormatError("JSON-3", where, "has no manifest_sha256 of 64 hexadecimal digits")
+    if own_sha256(raw, recorded) != recorded:
+        raise IntegrityError("MAN-1", where, "was changed: its manifest_sha256 is not its own")
+
+
+def own_sha256(raw: bytes, recorded: str) -> str | None:
+    """The sha256 of *raw* with the one occurrence of *recorded* zeroed, or None where it does not occur once."""
+    digits = recorded.encode()
+    if raw.count(digits) != 1:
+        return None
+    return hashlib.sha256(raw.replace(digits, b"0" * len(digits))).hexdigest()
+
+
+def _convert(document: dict[str, Any], table: type[Table], where: str, *, newer_minor: bool) -> Table:
+    try:
+        parsed = msgspec.convert(document, table, strict=True)
+    except msgspec.ValidationError as error:
+        over_limit = re.search("(of length|`) <= [0-9]", str(error)) is not None
+        raise FormatError("LIM-1" if over_limit else "JSON-3", where, str(error)) from None
+    for place in _unknown_keys(document, parsed, "$"):
+        if not newer_minor:
+            raise FormatError("VER-3", where, f"has the unknown key {place}")
+        warnings.warn(f"{where}: ignores the unknown key {place} of a newer version", stacklevel=2)
+    return parsed
+
+
+def _unknown_keys(raw: object, parsed: object, place: str) -> Iterator[str]:
+    if isinstance(parsed, Struct) and isinstance(raw, dict):
+        known = {*parsed.__struct_encode_fields__, parsed.__struct_config__.tag_field}
+        for key, value in raw.items():
+            if key not in known:
+                yield f"{place}.{key}"
+            elif key in parsed.__struct_encode_fields__:
+                yield from _unknown_keys(value, getattr(parsed, key), f"{place}.{key}")
+    elif isinstance(parsed, Mapping) and isinstance(raw, dict):
+        for key, value in parsed.items():
+            yield from _unknown_keys(raw[key], value, f"{place}.{key}")
+    elif isinstance(parsed, tuple | list) and isinstance(raw, list):
+        for position, value in enumerate(parsed):
+            if isinstance(value, Struct | Mapping):
+                yield from _unknown_keys(raw[position], value, f"{place}[{position}]")
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def serialise(table: BaseTable | GroupTable | TaskTable) -> bytes:
+    """The bytes of a table: compact JSON, keys in the order of the type."""
+    return msgspec.json.encode(table) + b"\n"
+
+
+def serialise_manifest(manifest: Manifest) -> bytes:
+    """The bytes of tallstore.json, for people to read, sealed with its own sha256 (whatever `manifest_sha256` said)."""
+    zeroed = msgspec.structs.replace(manifest, manifest_sha256="0" * 64)
+    raw = msgspec.json.format(msgspec.json.encode(zeroed), indent=2) + b"\n"
+    return raw.replace(b"0" * 64, hashlib.sha256(raw).hexdigest().encode(), 1)

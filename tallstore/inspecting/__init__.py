@@ -1,0 +1,1 @@
+"""Inspecting: what a bundle holds, from its tables alone. Without torch; a summary needs no numpy either."""

@@ -1,0 +1,1 @@
+"""Loading: experts by name, rebuilt from the bytes that they need and no others."""
