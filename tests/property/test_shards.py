@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tallstore.errors import FormatError
-from tallstore.format import bits, shard_writer, shards
+from tallstore.format import bits, shard_writer
 from tallstore.format.encodings import BITS, SHARED, SIGNED, WHOLE
 from tallstore.format.shard_reader import LocalFile, ShardReader
 from tallstore.format.shard_writer import ShardWriter
@@ -52,7 +52,7 @@ def test_what_was_written_is_read_back(contents, limit, stems):
         written = []
         for number, (encoding, numel, units, codec, piece) in enumerate(contents):
             decoded = bits.pack(units, encoding.width) if encoding.width < 8 else units
-            if numel < shards.POOLED_NUMEL:
+            if numel < shard_writer.POOLED_NUMEL:
                 written.append(writer.whole(stems[number], str(number), encoding, numel, decoded))
                 continue
             payload = writer.payload(stems[number], str(number), encoding, codec)

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import tallstore
-from tallstore import cli, demo
+from tallstore import demo
+from tallstore.cli import app as cli
 from tallstore.cli import console
 from tallstore.cli.expert_sources import find_experts
 from tallstore.errors import InputError, OptionError

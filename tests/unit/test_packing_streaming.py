@@ -7,7 +7,7 @@ import torch
 
 from tallstore import SignedMask, TallMask
 from tallstore.checkpoints import open_checkpoint
-from tallstore.format import shards
+from tallstore.format import shard_writer
 from tallstore.packing.plan import name_experts, parts_by_base_name
 from tallstore.packing.stack import Span, Stack, examine
 from tests.packing_cases import assert_same, base_model, contents, experts_of, forced, normal, pack, tuned
@@ -119,7 +119,7 @@ def test_bundles_of_many_shards(tmp_path, monkeypatch, limit, value):
     base = base_model()
     experts = experts_of(base)
     one = pack(base, experts, tmp_path / "one", private="norm.*")
-    monkeypatch.setattr(shards, limit, value)
+    monkeypatch.setattr(shard_writer, limit, value)
     many = pack(base, experts, tmp_path / "many", private="norm.*", embed_base=True)
     assert len(many.group.shards) > 1
     assert len(many.tables["a"].shards) > len(one.tables["a"].shards)
