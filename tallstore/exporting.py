@@ -102,7 +102,7 @@ def export(
 
     if progress is not None:
         progress(done, total)
-    with files.staged_directory(target) as staged:
+    with files.staged_directory(target) as staged, files.writing(Path(os.path.realpath(target))):
         weights = checkpoint_writer.write_checkpoint(staged, specs, read, max_shard_nbytes=max_shard_nbytes)
         carried = [file for file in opened.table.files if _may_be_carried(file.name)]
         for file in carried:

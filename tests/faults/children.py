@@ -101,6 +101,7 @@ class Child:
 
 
 def _run(job: Job, sender: Connection, conditions: Iterable[Callable[[], None]]) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever began the tests may have ignored it
     sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115 - as long as the process lives
     for condition in conditions:
         condition()

@@ -208,3 +208,25 @@ def test_two_packs_to_one_place_at_once(inputs, tmp_path):
     second.run()
     assert names(first.out.parent) == ["bundle"]
     assert tallstore.verify(first.out) == []
+
+
+def test_an_export_to_a_full_disk_is_one_typed_error_and_leaves_nothing(inputs, tmp_path):
+    base, experts = inputs
+    task = next(iter(experts))
+    tallstore.pack(base, experts, tmp_path / "bundle", embed_base=True)
+    program = textwrap.dedent(
+        """
+        import resource, sys, tallstore
+        from tallstore.exporting import export
+        bundle, task, out = sys.argv[1:]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        try:
+            export(tallstore.open_bundle(bundle), task, out)
+        except tallstore.OutputError as error:
+            print(error)
+        """
+    )
+    arguments = [str(tmp_path / "bundle"), task, str(tmp_path / "exported")]
+    done = subprocess.run([sys.executable, "-c", program, *arguments], check=True, capture_output=True, text=True)
+    assert done.stdout == f"{(tmp_path / 'exported').resolve()}: {FULL}\n"
+    assert names(tmp_path) == ["bundle"]

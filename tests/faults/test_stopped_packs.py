@@ -175,6 +175,15 @@ def test_killed_at_any_time(large, tmp_path, there, kills):
     assert tallstore.verify(place.out) == []
 
 
+@pytest.fixture
+def heard_interrupts():
+    """What is started is not deaf to Ctrl-C, as what a shell starts in the background is."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard_interrupts")
 @pytest.mark.parametrize("there", [False, True], ids=["a free place", "over a bundle"])
 def test_an_interrupted_command_says_one_line_and_leaves_nothing(large, tmp_path, there):
     place = Place(large, tmp_path, there=there)
