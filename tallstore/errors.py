@@ -23,6 +23,7 @@ TallstoreError
 │   ├── NonFiniteError          NaN or infinity where weights would be coded
 │   └── TooFewExpertsError
 ├── OptionError                 (also a ValueError) an argument outside its range
+├── MissingExtraError           (also an ImportError) a library that only an extra installs
 └── OutputError                 the place to write to
     ├── OutputExistsError
     ├── OutputInsideInputError
@@ -171,6 +172,13 @@ class TooFewExpertsError(InputError):
 
 class OptionError(TallstoreError, ValueError):
     """An argument is outside its range."""
+
+
+class MissingExtraError(TallstoreError, ImportError):
+    """A library that only an extra installs is not there."""
+
+    def __init__(self, what: str, library: str, extra: str) -> None:
+        super().__init__(f"{what} needs {library}: pip install 'tallstore[{extra}]'")
 
 
 class OutputError(TallstoreError):

@@ -328,6 +328,9 @@ INDEXES = {
     ),
     "idx-2-empty-chunk": load("a chunk of no bytes", two_chunks, shard(PRIVATE_SHARD, set_record(0, end=0))),
     "idx-2-beyond": load("an end beyond the payload", shard(MASK_SHARD, set_record(0, end=65))),
+    "idx-2-long-chunk": load(
+        "1,100 bytes for a chunk of 5", swap("bits/w", stored=(pack(codes("w bits", 35, 0, 2), 1) + bytes(1095),))
+    ),
     "idx-2-huge": load("an end of 2^64 - 1", shard(MASK_SHARD, set_record(0, end=(1 << 64) - 1))),
     "idx-2-short": load(
         "a payload longer than its last end says",

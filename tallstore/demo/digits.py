@@ -7,17 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tallstore.errors import TallstoreError
+from tallstore.errors import MissingExtraError
 
 HELD_OUT = 450
 NOISE = 0.25
-
-
-class MissingExtraError(TallstoreError, ImportError):
-    """A library that only an extra installs is not there."""
-
-    def __init__(self, what: str, library: str, extra: str) -> None:
-        super().__init__(f"{what} needs {library}: pip install 'tallstore[{extra}]'")
 
 
 @dataclass(frozen=True)

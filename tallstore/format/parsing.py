@@ -8,7 +8,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NoReturn, TypeVar
 
 import msgspec
@@ -210,12 +210,12 @@ def _unknown_keys(raw: object, parsed: object, place: str) -> Iterator[str]:
                 yield f"{place}.{key}"
             elif key in parsed.__struct_encode_fields__:
                 yield from _unknown_keys(value, getattr(parsed, key), f"{place}.{key}")
-    elif isinstance(parsed, Mapping) and isinstance(raw, dict):
+    elif isinstance(parsed, dict) and isinstance(raw, dict):
         for key, value in parsed.items():
             yield from _unknown_keys(raw[key], value, f"{place}.{key}")
-    elif isinstance(parsed, tuple | list) and isinstance(raw, list):
+    elif isinstance(parsed, tuple) and isinstance(raw, list):
         for position, value in enumerate(parsed):
-            if isinstance(value, Struct | Mapping):
+            if isinstance(value, Struct):
                 yield from _unknown_keys(raw[position], value, f"{place}[{position}]")
 
 

@@ -28,6 +28,7 @@ from tallstore.format.shards import (
     POOL_ALIGNMENT,
     POOL_KEY,
     RECORD_NBYTES,
+    largest_stored,
     padded,
 )
 
@@ -167,6 +168,13 @@ class ShardReader:
         ascending = all(before < after for before, after in zip([0, *ends], ends, strict=False))
         if not ascending or padded(ends[-1] if ends else 0) != entry.stop - entry.start:
             raise FormatError("IDX-2", where, "its index records do not add up to its bytes")
+        starts = [0, *ends]
+        for index in range(count):
+            first, last = chunk_span(numel, index)
+            if ends[index] - starts[index] > largest_stored(encoding.nbytes(last - first)):
+                raise FormatError(
+                    "IDX-2", f"{where}, chunk {index}", "its index record gives it more bytes than it needs"
+                )
         if np.any(self._ranks[at : at + count]):
             raise FormatError("IDX-5", where, "its index records count bits, which only those of sparse tensors do")
 

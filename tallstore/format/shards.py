@@ -10,6 +10,11 @@ METADATA_KEY = "tallstore"
 POOL_ALIGNMENT = 8
 
 
+def largest_stored(decoded_nbytes: int) -> int:
+    """The most bytes that a chunk of *decoded_nbytes* may be stored in: no codec makes incompressible bytes longer."""
+    return decoded_nbytes + decoded_nbytes // 128 + 1024
+
+
 def padded(nbytes: int) -> int:
     """*nbytes* rounded up to the alignment of payloads."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT

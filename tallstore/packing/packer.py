@@ -27,18 +27,18 @@ from tallstore.errors import (
 from tallstore.fit import Fit, Method, SignedMask, TallMask, TallMaskFit, prepare
 from tallstore.format import layout
 from tallstore.format import manifest as tables
-from tallstore.format.dtypes import CODED
+from tallstore.format.dtypes import CODED, itemsize
 from tallstore.format.manifest import SharedDtype
 from tallstore.loading.bundle import open_bundle
 from tallstore.packing import assemble
 from tallstore.packing.group import GroupPacker
+from tallstore.packing.meter import Meter, Progress
 from tallstore.packing.outcome import PackReport, report, with_scores
 from tallstore.packing.plan import Expert, Part, hints, is_private, is_text, name_experts, parts_by_base_name
 from tallstore.packing.stack import trimmable_chunks
 from tallstore.packing.workers import workers
 
 Evaluate = Callable[[str, dict[str, Tensor]], float]
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 _MERGED_DTYPES: Mapping[str, SharedDtype] = {
     "float32": "F32",
@@ -118,14 +118,16 @@ def pack(
         _check_output(target, [opened_base, *checkpoints.values()], overwrite=overwrite)
         named = name_experts(opened_base, checkpoints, key_mapping or {})
         pool = inputs.enter_context(workers())
-        job = _Job(opened_base, base, named, options, progress=progress or _silent, pool=pool)
-        fit = job.prepare()
-        chosen: dict[str, float] = {}
-        scores: dict[str, float] = {}
-        if isinstance(fit, TallMaskFit) and evaluate is not None and len(fit.method.lambdas) > 1:
-            chosen, scores = _choose_lambdas(job, fit, evaluate)
-            fit = fit.with_lambdas(chosen)
+        meter = Meter(progress, _phases(method, sum(expert.nbytes for expert in named)))
+        job = _Job(opened_base, base, named, options, meter=meter, pool=pool)
+        # The place is taken first: who finds it busy should not wait for a fit.
         with _destination(target, dry_run=dry_run) as root:
+            fit = job.prepare()
+            chosen: dict[str, float] = {}
+            scores: dict[str, float] = {}
+            if isinstance(fit, TallMaskFit) and evaluate is not None and len(fit.method.lambdas) > 1:
+                chosen, scores = _choose_lambdas(job, fit, evaluate)
+                fit = fit.with_lambdas(chosen)
             place = root if dry_run else Path(os.path.realpath(target))
             with files.writing(place):
                 report = job.write(root, fit, scores, chosen)
@@ -180,11 +182,11 @@ class _Job:
         experts: tuple[Expert, ...],
         options: _Options,
         *,
-        progress: Progress,
+        meter: Meter,
         pool: ThreadPoolExecutor,
     ) -> None:
         self._base, self._base_source, self._experts, self._options = base, base_source, experts, options
-        self._progress, self._pool = progress, pool
+        self._meter, self._pool = meter, pool
         self._parts = parts_by_base_name(base, experts, options.private)
 
     def prepare(self) -> Fit:
@@ -193,7 +195,10 @@ class _Job:
             expert.task: functools.partial(self._task_vector_chunks, position)
             for position, expert in enumerate(self._experts)
         }
-        return prepare(self._options.method, streams, run=self._pool.map)
+        fit = prepare(self._options.method, streams, run=self._pool.map)
+        if _trims(self._options.method):
+            self._meter.end_phase()
+        return fit
 
     def _task_vector_chunks(self, position: int) -> Iterator[Tensor]:
         """One expert's whole task vector: every floating-point tensor that the base has too, but the private ones."""
@@ -201,7 +206,9 @@ class _Job:
         for base_name, parts in self._parts.items():
             for part in parts:
                 if part.expert.task == task and _counts_for_the_trim(part, self._options.private):
-                    yield from trimmable_chunks(self._base, base_name, part)
+                    for chunk in trimmable_chunks(self._base, base_name, part):
+                        yield chunk
+                        self._meter.advance(chunk.numel() * itemsize(part.spec.dtype))
 
     def write(self, root: Path, fit: Fit, scores: Mapping[str, float], lambdas: Mapping[str, float]) -> PackReport:
         """Write the whole bundle into the empty directory *root*."""
@@ -226,20 +233,16 @@ class _Job:
         return report(self._base, root, manifest, packed, method=options.method, dtype=options.dtype, lambdas=lambdas)
 
     def _pack_tensors(self, group: GroupPacker) -> None:
-        total = sum(expert.checkpoint.spec(name).nbytes for expert in self._experts for name in expert.base_names)
-        done = 0
-        self._progress(done, total)
         for base_name, parts in self._parts.items():
             group.pack_tensor(base_name, parts)
-            done += sum(part.spec.nbytes for part in parts)
-            self._progress(done, total)
+            self._meter.advance(sum(part.spec.nbytes for part in parts))
         for task in group.tasks.values():
             for name, counterpart in task.expert.base_names.items():
                 if counterpart is None:
                     private = is_private(name, self._options.private)
                     task.store_private(name, "asked for by private=" if private else "the base does not have it")
-                    done += task.expert.checkpoint.spec(name).nbytes
-                    self._progress(done, total)
+                    self._meter.advance(task.expert.checkpoint.spec(name).nbytes)
+        self._meter.end_phase()
 
     def evaluate(self, root: Path, evaluate: Evaluate) -> dict[str, float]:
         """The user's score of each task, on weights read back from the bundle at *root*."""
@@ -327,5 +330,11 @@ def _check_output(target: Path, inputs: Sequence[Checkpoint], *, overwrite: bool
         raise OutputExistsError(f"{target}: is there already; choose another place, or give overwrite=True")
 
 
-def _silent(_done: int, _total: int) -> None:
-    pass
+def _trims(method: Method) -> bool:
+    return isinstance(method, TallMask) and method.merge == "ties"
+
+
+def _phases(method: Method, nbytes: int) -> list[int]:
+    """Bytes that each phase of a pack reads of experts of *nbytes*: twice for the trim, each trial, the pack itself."""
+    trials = len(method.lambdas) if isinstance(method, TallMask) and len(method.lambdas) > 1 else 0
+    return [*([2 * nbytes] if _trims(method) else []), *[nbytes] * (trials + 1)]

@@ -35,6 +35,11 @@ class Expert:
     dropped: tuple[str, ...]
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors, ties counted once."""
+        return sum(self.checkpoint.spec(name).nbytes for name in self.base_names)
+
+    @property
     def where(self) -> str:
         """What messages call it."""
         return f"expert {self.task!r} ({self.checkpoint.where})"

@@ -241,10 +241,11 @@ def test_what_a_block_left_in_the_staging_directory_is_not_seen_by_the_next(tmp_
 
 HOLD = textwrap.dedent(
     """
-    import sys
+    import signal, sys
     from pathlib import Path
     from tallstore.files import staged_directory, write_file
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever began the tests may have ignored it
     with staged_directory(Path(sys.argv[1])) as staging:
         (staging / "folder").mkdir()
         write_file(staging / "folder" / "half", b"x")

@@ -294,11 +294,23 @@ def test_dry_run_reports_and_leaves_nothing(model, experts, tmp_path, monkeypatc
     assert str(report).startswith("would pack 3 tasks")
 
 
-def test_progress_comes_to_its_end_and_never_goes_back(model, experts, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "passes"),
+    [
+        (tallstore.SignedMask(), 1),
+        (tallstore.TallMask.published(), 3),  # the trim reads everything twice
+        (tallstore.TallMask([0.5, 1.0], merge="ties"), 5),  # and every candidate is tried
+    ],
+)
+def test_progress_comes_to_its_end_and_never_goes_back(model, experts, tmp_path, method, passes):
     experts = experts | {"d": {**tuned(model, 9), "classifier.weight": normal(10, 20)}}
     calls = []
-    pack(model, experts, tmp_path / "bundle", progress=lambda done, total: calls.append((done, total)))
-    assert calls[0][0] == 0
+    options = {"method": method, "progress": lambda done, total: calls.append((done, total))}
+    if passes == 5:
+        options["evaluate"] = lambda _task, _weights: 0.0
+    pack(model, experts, tmp_path / "bundle", **options)
+    nbytes = sum(t.nbytes for expert in experts.values() for t in expert.values())
+    assert calls[0] == (0, passes * nbytes)
     assert len({total for _, total in calls}) == 1
-    assert calls[-1][0] == calls[-1][1] == sum(t.nbytes for expert in experts.values() for t in expert.values())
+    assert calls[-1] == (passes * nbytes, passes * nbytes)
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
