@@ -19,6 +19,7 @@ from tallstore.format.shard_reader import Verify
 from tallstore.loading.expert import Expert
 from tallstore.loading.model_weights import LoadResult, load_expert
 from tallstore.loading.pinned_base import PinnedBase
+from tallstore.sizes import readable
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -190,7 +191,7 @@ class Bundle:
 
     def __repr__(self) -> str:
         nbytes = sum(file.size for file in self.manifest.files)
-        return f"<Bundle {str(self.path)!r}: {_listed(self.tasks)}, {_readable(nbytes)}>"
+        return f"<Bundle {str(self.path)!r}: {_listed(self.tasks)}, {readable(nbytes)}>"
 
     def _range(self, task: str, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a flat tensor, [stop - start], reading the chunks that they lie in.
@@ -254,11 +255,3 @@ def _listed(tasks: Iterable[str]) -> str:
     names = list(tasks)
     more = ", …" if len(names) > _SHOWN_TASKS else ""
     return f"{len(names)} task{'' if len(names) == 1 else 's'} ({', '.join(names[:_SHOWN_TASKS])}{more})"
-
-
-def _readable(nbytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"

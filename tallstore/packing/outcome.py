@@ -13,6 +13,7 @@ from tallstore.fit import Method
 from tallstore.format import layout
 from tallstore.format.manifest import Estimate, Manifest, SharedDtype, TaskTable
 from tallstore.packing.group import StoredWhole, TaskProgress
+from tallstore.sizes import readable
 
 
 @dataclass(frozen=True)
@@ -90,14 +91,12 @@ class PackReport:
         """A few lines for people."""
         verb = "would pack" if self.dry_run else "packed"
         ratio = self.checkpoints_nbytes / max(1, self.bundle_nbytes)
-        first = (
-            f"{verb} {len(self.tasks)} tasks with {self.method}: {megabytes(self.checkpoints_nbytes)} of checkpoints"
-        )
-        lines = [f"{first} in {megabytes(self.bundle_nbytes)} ({ratio:.1f} times smaller)"]
+        first = f"{verb} {len(self.tasks)} tasks with {self.method}: {readable(self.checkpoints_nbytes)} of checkpoints"
+        lines = [f"{first} in {readable(self.bundle_nbytes)} ({ratio:.1f} times smaller)"]
         for task in self.tasks:
             measured = "nothing coded" if task.cosine is None else f"cosine {task.cosine:.4f}, gain {task.gain:.4f}"
             bits = "" if task.bits is None else f", {task.bits:.2f} bits a parameter"
-            lines.append(f"  {task.name}: {megabytes(task.nbytes)}, {measured}{bits}, {len(task.whole)} tensors whole")
+            lines.append(f"  {task.name}: {readable(task.nbytes)}, {measured}{bits}, {len(task.whole)} tensors whole")
         return "\n".join([*lines, *self.advice])
 
 
@@ -174,16 +173,6 @@ def _sizes(root: Path, manifest: Manifest) -> Counter[str]:
 
 def _nbytes(checkpoint: Checkpoint) -> int:
     return sum(checkpoint.spec(name).nbytes for name in checkpoint.names if name not in checkpoint.aliases)
-
-
-def megabytes(nbytes: int) -> str:
-    """A size for people, in units of 1000."""
-    value = float(nbytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
 
 
 def _advice(method: Method, tasks: tuple[PackedTask, ...]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import torch
 
 import tallstore
 from tallstore import SignedMask, TallMask
-from tallstore.packing.outcome import megabytes
+from tallstore.sizes import readable
 from tests import fit_reference
 from tests.packing_cases import base_model, experts_of, forced, normal, pack, tuned
 
@@ -175,7 +175,7 @@ def test_the_report_is_json_and_a_few_lines(tmp_path):
     ("number", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (1_234_567, "1.2 MB"), (5 * 10**13, "50.0 TB")]
 )
 def test_sizes_for_people(number, text):
-    assert megabytes(number) == text
+    assert readable(number) == text
 
 
 def test_a_private_pattern_that_matches_nothing_is_mentioned(tmp_path):
