@@ -369,7 +369,7 @@ SKIPPABLE = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"skip"
 CODECS = {
     "cod-1-absent": load("no declared size", stored("values/head", partial(frame, declared=None, window_log=17))),
     "cod-1-other": load("another declared size", stored("values/head", lambda raw: frame(raw + b"\0"))),
-    "cod-1-bomb": load("a frame of 64 MiB", stored("values/head", lambda raw: frame(raw + bytes(64 << 20)))),
+    "cod-1-bomb": load("a frame of 16 MiB", stored("values/head", lambda raw: frame(raw + bytes(16 << 20)))),
     "cod-2-trailing": load("a byte behind the frame", stored("values/head", lambda raw: frame(raw) + b"\0")),
     "cod-2-two-frames": load("a second frame", stored("values/head", lambda raw: frame(raw) + frame(b"more"))),
     "cod-2-skippable-first": load("a skippable frame first", stored("values/head", lambda raw: SKIPPABLE + frame(raw))),

@@ -586,8 +586,8 @@ def test_a_member_that_is_not_in_the_pool_is_refused(tmp_path, rule, pool, readi
 
 
 def test_a_bomb_in_a_chunk_is_refused(tmp_path):
-    """A frame that declares a gigabyte where 100 bytes are due."""
-    bomb = codecs.encode("zstd", np.zeros(1 << 26, np.uint8), 1)
+    """A frame of 16 MiB where 100 bytes are due."""
+    bomb = codecs.encode("zstd", np.zeros(1 << 24, np.uint8), 1)
     data = bomb + bytes(padded(len(bomb)) - len(bomb)) + record(bomb, len(bomb))
     stop = padded(len(bomb))
     entries = {**ENTRIES, "values/w": entry(0, stop), "index": entry(stop, stop + 32, shape=[1, 32])}
