@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+import msgspec
 from msgspec import Meta, Struct
 
 from tallstore.format.dtypes import Dtype
@@ -342,7 +343,11 @@ class Fidelity(_Part, frozen=True, kw_only=True):
 
 
 class TaskTable(_Part, frozen=True, kw_only=True):
-    """task.json: every tensor of one task, and where its bytes are."""
+    """task.json: every tensor of one task, and where its bytes are.
+
+    Attributes:
+        chosen: parameters of the group's method that were chosen for this task alone. For people, like the method.
+    """
 
     format: Literal["tallstore.task"]
     name: TaskName
@@ -352,4 +357,5 @@ class TaskTable(_Part, frozen=True, kw_only=True):
     shards: Annotated[tuple[Shard, ...], Meta(max_length=MAX_SHARDS)]
     tensors: Annotated[tuple[Tensor, ...], Meta(max_length=MAX_TENSORS)]
     files: tuple[CompanionFile, ...]
+    chosen: dict[str, Scalar] = msgspec.field(default_factory=dict)
     fidelity: Fidelity

@@ -222,7 +222,9 @@ class _Job:
         written |= assemble.write_group(group, method, root)
         entries, packed = [], []
         for task in group.tasks.values():
-            table, task_files = assemble.write_task(task, group.id, root, scores.get(task.expert.task))
+            table, task_files = assemble.write_task(
+                task, group.id, root, score=scores.get(task.expert.task), mask_lambda=lambdas.get(task.expert.task)
+            )
             written |= task_files
             numel = assemble.parameters(task.expert.checkpoint)
             entries.append(assemble.task_entry(table, numel))

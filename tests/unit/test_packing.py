@@ -159,6 +159,9 @@ def test_evaluate_chooses_mask_lambda_a_task_and_the_smaller_on_a_tie(tmp_path):
     assert [task for task, _ in seen] == ["a", "b", "c"] * 3
     check(packed, base, experts, fit_reference.fit_tall(base, experts, "I8", "sum", wanted))
     assert {task.name: task.mask_lambda for task in packed.report.tasks} == wanted
+    assert {name: table.chosen for name, table in packed.tables.items()} == {
+        name: {"mask_lambda": value} for name, value in wanted.items()
+    }
     assert packed.group.method.parameters["mask_lambda"] == [0.2, 0.4, 1.0]
     assert packed.tables["c"].fidelity.score == 1.0
 
