@@ -39,8 +39,6 @@ _NBYTES: Final[dict[Dtype, int]] = {
 DTYPES: Final[Mapping[Dtype, int]] = MappingProxyType(_NBYTES)
 """Name of every data type that a bundle can hold -> bytes an element."""
 
-FLOATING: Final = frozenset({"F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64"})
-
 CODED: Final = frozenset({"F16", "BF16", "F32", "F64"})
 """The data types that masks and fields are coded for; tensors of the others are stored whole."""
 
@@ -56,11 +54,6 @@ def itemsize(dtype: Dtype) -> int:
 def is_dtype(name: str) -> TypeGuard[Dtype]:
     """Whether *name* is in `DTYPES`."""
     return name in DTYPES
-
-
-def is_floating(dtype: str) -> bool:
-    """Whether *dtype* is a real floating-point type (complex is not)."""
-    return dtype in FLOATING
 
 
 @dataclass(frozen=True, slots=True)

@@ -302,7 +302,6 @@ class DroppedTensor(_Code, tag="dropped", frozen=True, kw_only=True):
     name: TensorName
 
 
-CodedTensor = MaskTensor | SignedTensor
 ScaledCode = MaskCode | SignedCode | MaskTensor | SignedTensor
 Tensor = MaskTensor | SignedTensor | PrivateTensor | ExtendedTensor | SameTensor | AliasTensor | DroppedTensor
 

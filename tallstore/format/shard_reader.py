@@ -137,10 +137,6 @@ class ShardReader:
         """Keys of the payloads, the pool's included."""
         return self.header.tensors.keys() - {INDEX_KEY}
 
-    def index_entry(self, record: int) -> tuple[int, bytes, int]:
-        """End offset, hash and rank of a record."""
-        return int(self._ends[record]), self._digests[record].tobytes(), int(self._ranks[record])
-
     def payload(self, key: str, payload: Payload, encoding: Encoding, numel: int) -> PayloadReader:
         """The payload at *payload* in this shard, of *numel* elements.
 

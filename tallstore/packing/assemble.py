@@ -23,15 +23,20 @@ from tallstore.packing.fidelity import combine
 from tallstore.packing.group import GroupPacker, TaskProgress
 
 
-def write_base(base: Checkpoint, root: Path, *, embed: bool) -> dict[str, Written]:
-    """Write base.json and, if asked, the base itself in Hugging Face layout; the files by their path in the bundle."""
+def base_table(base: Checkpoint) -> tables.BaseTable:
+    """What the base must be. Reads and hashes all of it."""
     tensors = []
     for name in base.names:
         spec = base.spec(name)
         alias = base.aliases.get(name)
         hashes = () if alias else tuple(xxhash.xxh3_128_hexdigest(chunk) for chunk in _chunks(base, name))
         tensors.append(tables.BaseTensor(name=name, dtype=spec.dtype, shape=spec.shape, chunks=hashes, alias_of=alias))
-    raw = parsing.serialise(tables.BaseTable(format="tallstore.base", tensors=tuple(tensors)))
+    return tables.BaseTable(format="tallstore.base", tensors=tuple(tensors))
+
+
+def write_base(base: Checkpoint, table: tables.BaseTable, root: Path, *, embed: bool) -> dict[str, Written]:
+    """Write base.json and, if asked, the base itself in Hugging Face layout; the files by their path in the bundle."""
+    raw = parsing.serialise(table)
     written = {layout.BASE_TABLE: files.write_file(root / layout.BASE_TABLE, raw)}
     if embed:
         directory = root / layout.BASE_DIRECTORY

@@ -108,7 +108,6 @@ def pack(
         dtype=_shared_dtype(method, merged_dtype),
         private=(private,) if isinstance(private, str) else tuple(private),
         base_ref=_reference(base_ref),
-        embed_base=embed_base,
     )
     target = Path(out)
     _check_arguments(experts, method, evaluate)
@@ -130,7 +129,7 @@ def pack(
                 fit = fit.with_lambdas(chosen)
             place = root if dry_run else Path(os.path.realpath(target))
             with files.writing(place):
-                report = job.write(root, fit, scores, chosen)
+                report = job.write(root, fit, scores, chosen, embed=embed_base)
             if evaluate is not None and not scores:
                 scores = job.evaluate(root, evaluate)
                 with files.writing(place):
@@ -156,7 +155,7 @@ def _choose_lambdas(job: _Job, fit: TallMaskFit, evaluate: Evaluate) -> tuple[di
     for value in fit.method.lambdas:  # ascending
         with tempfile.TemporaryDirectory(prefix="tallstore-") as scratch:
             with files.writing(Path(scratch)):
-                job.write(Path(scratch), fit.with_lambdas(dict.fromkeys(fit.lambdas, value)), {}, {})
+                job.write(Path(scratch), fit.with_lambdas(dict.fromkeys(fit.lambdas, value)), {}, {}, embed=False)
             for task, score in job.evaluate(Path(scratch), evaluate).items():
                 if task not in best or score > best[task]:
                     best[task], chosen[task] = score, value
@@ -169,7 +168,6 @@ class _Options:
     dtype: SharedDtype
     private: tuple[str, ...]
     base_ref: HubRef | None
-    embed_base: bool
 
 
 class _Job:
@@ -210,13 +208,19 @@ class _Job:
                         yield chunk
                         self._meter.advance(chunk.numel() * itemsize(part.spec.dtype))
 
-    def write(self, root: Path, fit: Fit, scores: Mapping[str, float], lambdas: Mapping[str, float]) -> PackReport:
+    @functools.cached_property
+    def _base_table(self) -> tables.BaseTable:
+        return assemble.base_table(self._base)
+
+    def write(
+        self, root: Path, fit: Fit, scores: Mapping[str, float], lambdas: Mapping[str, float], *, embed: bool
+    ) -> PackReport:
         """Write the whole bundle into the empty directory *root*."""
         options = self._options
         group = GroupPacker(
             self._base, self._experts, root, method=options.method, fit=fit, dtype=options.dtype, pool=self._pool
         )
-        written = assemble.write_base(self._base, root, embed=options.embed_base)
+        written = assemble.write_base(self._base, self._base_table, root, embed=embed)
         self._pack_tensors(group)
         method = assemble.recorded_method(options.method)
         written |= assemble.write_group(group, method, root)
@@ -229,7 +233,7 @@ class _Job:
             numel = assemble.parameters(task.expert.checkpoint)
             entries.append(assemble.task_entry(table, numel))
             packed.append((task, table))
-        pin = assemble.pin(self._base, options.base_ref, embed=options.embed_base)
+        pin = assemble.pin(self._base, options.base_ref, embed=embed)
         groups = (tables.GroupEntry(id=group.id, method=method),)
         manifest = assemble.write_manifest(root, pin, groups, tuple(entries), written)
         return report(self._base, root, manifest, packed, method=options.method, dtype=options.dtype, lambdas=lambdas)

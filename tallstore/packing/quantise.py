@@ -15,7 +15,6 @@ from tallstore.format.encodings import LOG4_VALUES
 from tallstore.format.manifest import SharedDtype
 from tallstore.format.r13 import SMALLEST, r13
 
-STEPPED: frozenset[SharedDtype] = frozenset({"I8", "LOG4"})
 _LARGEST_CODE = {"I8": 127.0, "LOG4": 1.0}  # the largest value a code stands for, in steps
 _TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 

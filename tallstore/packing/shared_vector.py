@@ -19,7 +19,8 @@ from tallstore.format.encodings import SHARED, STEPS
 from tallstore.format.manifest import SharedDtype
 from tallstore.format.r13 import in_range, row_scales
 from tallstore.format.shard_writer import ShardWriter
-from tallstore.packing.quantise import STEPPED, quantise, steps, values
+from tallstore.format.tables import STEPPED
+from tallstore.packing.quantise import quantise, steps, values
 from tallstore.packing.stack import Span, Stack
 
 _IN_MEMORY_NBYTES = 16 << 20

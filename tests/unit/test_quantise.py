@@ -8,7 +8,8 @@ import torch
 
 from tallstore.format.encodings import LOG4_VALUES, SHARED
 from tallstore.format.r13 import is_r13
-from tallstore.packing.quantise import STEPPED, quantise, steps, values
+from tallstore.format.tables import STEPPED
+from tallstore.packing.quantise import quantise, steps, values
 from tests import fit_reference, reference
 from tests.reference import same_bits
 

@@ -471,7 +471,8 @@ def test_the_handmade_shard_is_read(tmp_path):
     reader = opened(*handmade(tmp_path))
     payload = Payload(shard=0, codec="raw", at=0)
     assert reader.payload("values/w", payload, WHOLE["U8"], 100).all().tobytes() == CONTENT
-    assert reader.index_entry(0) == (100, xxhash.xxh3_128_digest(CONTENT), 0)
+    assert (reader._ends[0], reader._ranks[0]) == (100, 0)
+    assert reader._digests[0].tobytes() == xxhash.xxh3_128_digest(CONTENT)
 
 
 @pytest.mark.parametrize(
