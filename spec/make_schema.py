@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -24,9 +25,14 @@ def schema(name: str) -> str:
 
 
 def _closed(node: Any) -> Any:  # noqa: ANN401 - any JSON
-    """Unknown keys are refused within a version (VER-3): every object with named properties says so."""
+    """Unknown keys are refused within a version (VER-3): every object with named properties says so.
+
+    Descriptions are the same whatever Python wrote them.
+    """
     if isinstance(node, dict):
         closed = {key: _closed(value) for key, value in node.items()}
+        if isinstance(closed.get("description"), str):  # a docstring, which Python up to 3.12 leaves indented
+            closed["description"] = inspect.cleandoc(closed["description"])
         if "properties" in closed and "additionalProperties" not in closed:
             closed["additionalProperties"] = False
         return closed

@@ -19,15 +19,20 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import zstandard
-from second.breaking import kernel
 from second.bundles import dump, seal
 from second.elements import CHUNK, array
 from second.frames import frame, planes
-from second.invalid import INVALID
+from second.invalid import INVALID as INVALID_FIRST
+from second.invalid_kinds import INVALID_KINDS
 from second.shards import safetensors
-from second.valid import LIBZSTD_FRAMES, VALID
+from second.valid import LIBZSTD_FRAMES
+from second.valid import VALID as VALID_FIRST
+from second.valid_centre import VALID_CENTRE
+from second.valid_kinds import VALID_KINDS
 
 VECTORS = Path(__file__).parent / "vectors"
+VALID = VALID_FIRST | VALID_KINDS | VALID_CENTRE
+INVALID = INVALID_FIRST | INVALID_KINDS
 
 
 def valid_case(name: str) -> dict[str, bytes]:
@@ -58,20 +63,21 @@ def invalid_case(name: str) -> dict[str, bytes]:
     """The files of an invalid vector."""
     case = INVALID[name]
     rule = "-".join(name.split("-")[:2]).upper()
-    draft = kernel()
+    draft = case.make()
     for change in case.changes:
         change(draft)
     files = {str(PurePosixPath("bundle") / path): content for path, content in seal(draft).items()}
     files = {path.replace("bundle/../", ""): content for path, content in files.items()}
+    suffix = ".zst" if case.zipped else ""
     if case.base is not None:
-        files["base.safetensors"] = case.base
+        files["base.safetensors" + suffix] = frame(case.base) if case.zipped else case.base
     files["case.json"] = dump(
         {
             "description": f"Refused under {rule}: {case.problem}.",
             "rule": rule,
             "found_by": list(case.found_by),
             "problem": case.problem,
-            "base": None if case.base is None else "base.safetensors",
+            "base": None if case.base is None else "base.safetensors" + suffix,
             "setup": draft.setup,
         }
     )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
@@ -25,6 +25,8 @@ from tallstore.format.shard_writer import ShardWriter
 from tests import reference
 
 METHOD = manifest.Method(name="test", parameters={})
+TENSORS = {kind.__struct_config__.tag: kind for kind in get_args(manifest.CodedTensor)}
+CODES = {kind.__struct_config__.tag: kind for kind in get_args(manifest.RowsCode)}
 
 
 def raw_bytes(tensor: Tensor) -> np.ndarray:
@@ -49,13 +51,15 @@ class Owner:
         (root / directory).mkdir(parents=True)
         self.writer = ShardWriter(root / directory)
 
-    def store(self, stem: str, key: str, encoding: Encoding, units: np.ndarray, numel: int) -> manifest.Payload:
+    def store(
+        self, stem: str, key: str, encoding: Encoding, units: np.ndarray, numel: int, *, ranked: bool = False
+    ) -> manifest.Payload:
         """Write a payload: one code a byte where an element takes less, else the elements' bytes."""
         if self.codec is None:
             decoded = bits.pack(units, encoding.width) if encoding.width < 8 else units
-            return self.writer.whole(stem, key, encoding, numel, decoded)
+            return self.writer.whole(stem, key, encoding, numel, decoded, ranked=ranked)
         codec = "zstd" if self.codec == "planes-zstd" and not encoding.is_float else self.codec
-        writer = self.writer.payload(stem, key, encoding, codec)
+        writer = self.writer.payload(stem, key, encoding, codec, ranked=ranked)
         writer.append(units)
         return writer.finish()
 
@@ -72,7 +76,7 @@ class Group(Owner):
         self.id, self.base = f"g{number:04d}", base
         super().__init__(root, layout.group_directory(self.id), codec)
         self.vectors: list[manifest.Vector] = []
-        self.shared: dict[str, Shared] = {}
+        self.shared: dict[tuple[str, str], Shared] = {}
 
     def vector(
         self,
@@ -100,8 +104,7 @@ class Group(Owner):
         self.vectors.append(
             manifest.Vector(tensor=tensor, role=role, dtype=dtype, row_axes=row_axes, values=payload, step=step)
         )
-        if role == "merged":
-            self.shared[tensor] = Shared(values, None if steps is None else list(steps), row_axes)
+        self.shared[tensor, role] = Shared(values, None if steps is None else list(steps), row_axes)
 
 
 class Task(Owner):
@@ -115,13 +118,26 @@ class Task(Owner):
         self.companions: list[manifest.CompanionFile] = []
         self.required_features: tuple[str, ...] = ()
 
-    def mask(self, name: str, sides: np.ndarray, *, expect: bool = True, **options: Any) -> None:
+    def mask(self, name: str, sides: np.ndarray, **options: Any) -> None:
         """A tensor that takes merged where *sides* is 1."""
-        self._coded(manifest.MaskTensor, name, sides, expect=expect, **options)
+        self.coded("mask", name, sides, **options)
 
-    def signed(self, name: str, sides: np.ndarray, *, expect: bool = True, **options: Any) -> None:
+    def signed(self, name: str, sides: np.ndarray, **options: Any) -> None:
         """A tensor that takes +merged, -merged or nothing, by *sides*."""
-        self._coded(manifest.SignedTensor, name, sides, expect=expect, **options)
+        self.coded("signed", name, sides, **options)
+
+    def coded(self, kind: str, name: str, codes: np.ndarray, **options: Any) -> None:
+        """A tensor of any coded kind, of these bits or fields; -1 stands for the code 2 of ``signed``.
+
+        Options are the tensor's fields, ``own`` the values of a sparse one; ``expect=False`` leaves out what the
+        reference makes of it, where that would take too long.
+        """
+        base = self.group.base[options.get("base") or name]
+        fields, expected = self._code(kind, name, codes, base, **options)
+        dtype = DTYPE_NAMES[options.get("dtype") or base.dtype]
+        made = TENSORS[kind]
+        self.tensors.append(made(name=name, base=options.get("base"), dtype=dtype, shape=tuple(base.shape), **fields))
+        self.expected[name] = expected
 
     def private(self, name: str, tensor: Tensor) -> None:
         """A tensor that is stored whole."""
@@ -143,9 +159,8 @@ class Task(Owner):
             leading: Any = manifest.SameCode()
             head = base[:rows].to(dtype)
         else:
-            code_type = manifest.MaskCode if kind == "mask" else manifest.SignedCode
-            fields, head = self._code(name, kind == "mask", sides, base[:rows], **options)
-            leading = code_type(**fields)
+            fields, head = self._code(kind, name, sides, base[:rows], **options)
+            leading = CODES[kind](**fields)
         payload = None
         if further is not None:
             encoding = encodings.WHOLE[DTYPE_NAMES[dtype]]
@@ -175,45 +190,102 @@ class Task(Owner):
         """A tensor that the expert lacks."""
         self.tensors.append(manifest.DroppedTensor(name=name))
 
-    def _coded(self, kind: type, name: str, sides: np.ndarray, *, expect: bool, **options: Any) -> None:
-        base = self.group.base[options.get("base") or name]
-        fields, expected = self._code(name, kind is manifest.MaskTensor, sides, base, expect=expect, **options)
-        dtype = DTYPE_NAMES[options.get("dtype") or base.dtype]
-        self.tensors.append(kind(name=name, base=options.get("base"), dtype=dtype, shape=tuple(base.shape), **fields))
-        self.expected[name] = expected
-
     def _code(
         self,
+        kind: str,
         name: str,
-        is_mask: bool,
-        sides: np.ndarray,
-        base: Tensor,
+        codes: np.ndarray,
+        over: Tensor,
         *,
         gain: float = 1.0,
         gains: Sequence[float] | None = None,
         row_axes: int = 1,
         dtype: torch.dtype | None = None,
+        own: Sequence[float] | Tensor = (),
+        values_dtype: str = "F32",
+        levels: int | None = None,
         expect: bool = True,
         **options: Any,
     ) -> tuple[dict[str, Any], Tensor]:
-        """The fields of a code over *base*, and what the reference makes of it (unless it would take too long)."""
-        sides = np.asarray(sides).reshape(-1)
-        units = np.where(sides < 0, 2, sides).astype(np.uint8)
+        """The fields of a code *over* a base, and what the reference makes of it (unless it would take too long)."""
+        codes = np.asarray(codes).reshape(-1)
+        units = np.where(codes < 0, 2, codes).astype(np.uint8)
         fields: dict[str, Any] = {"gain": gain if gains is None else None, "row_axes": row_axes}
         if gains is not None:
             fields["gains"] = self.singles("mask", f"gains/{name}", encodings.GAINS, gains)
-        role, encoding = ("bits", encodings.BITS) if is_mask else ("fields", encodings.SIGNED)
-        fields[role] = self.store("mask", f"{role}/{name}", encoding, units, sides.size)
+        is_field = kind in {"signed", "uniform"}
+        encoding = {"signed": encodings.SIGNED, "uniform": encodings.UNIFORM.get(levels)}.get(kind, encodings.BITS)
+        role = "fields" if is_field else "bits"
+        fields[role] = self.store("mask", f"{role}/{name}", encoding, units, codes.size, ranked=kind == "sparse")
+        if kind == "uniform":
+            fields["levels"] = levels
+        values = torch.as_tensor(own).to(TORCH_DTYPES[values_dtype])
+        if kind == "sparse":
+            fields |= {"count": values.numel(), "values_dtype": values_dtype}
+            if values.numel():
+                key, raw = f"values/{name}", raw_bytes(values)
+                fields["values"] = self.store("mask", key, encodings.SHARED[values_dtype], raw, values.numel())
         if not expect:
-            return fields, base
-        shared = self.group.shared[options.get("base") or name]
-        axes = row_axes if shared.steps is None else shared.row_axes
-        rows = row_count(tuple(base.shape), axes)
-        scales = list(gains) if gains is not None else [gain] * rows
-        if shared.steps is not None:
-            scales = [reference.r13(scale * step) for scale, step in zip(scales, shared.steps, strict=False)]
-        values = shared.values[: base.numel()]
-        return fields, reference.rebuild(base, sides.tolist(), values, scales, dtype)
+            return fields, over
+        return fields, self._expected(
+            kind,
+            units.tolist(),
+            over,
+            named=options.get("base") or name,
+            gains=[gain] if gains is None else gains,
+            row_axes=row_axes,
+            dtype=dtype,
+            own=values.tolist(),
+            levels=levels,
+        )
+
+    def _expected(
+        self,
+        kind: str,
+        codes: Sequence[int],
+        base: Tensor,
+        *,
+        named: str,
+        gains: Sequence[float],
+        row_axes: int,
+        dtype: torch.dtype | None,
+        own: Sequence[float],
+        levels: int | None,
+    ) -> Tensor:
+        """What the reference makes of a code over *base*."""
+        numel, shape = base.numel(), tuple(base.shape)
+        found = self.group.shared
+        shared = {role: found[named, role] for role in ("merged", "merged_lo", "centre") if (named, role) in found}
+        steps = {role: by_element(vector.steps, numel, shape, vector.row_axes) for role, vector in shared.items()}
+        gain = by_element(gains if len(gains) > 1 else gains * numel, numel, shape, row_axes)
+        values = {role: vector.values for role, vector in shared.items()}
+        chosen = reference.sides(kind, codes, values, own, levels)
+        scales = [
+            gain[i]
+            if side is None or side.role is None or steps[side.role] is None
+            else reference.r13(gain[i] * steps[side.role][i])
+            for i, side in enumerate(chosen)
+        ]
+        centre = None
+        if "centre" in shared:
+            step = steps["centre"] or [1.0] * numel
+            centre = [reference.rounded(step[i] * values["centre"][i], "F32") for i in range(numel)]
+        return reference.rebuild(
+            base,
+            [0 if side is None else 1 for side in chosen],
+            [0.0 if side is None else side.value for side in chosen],
+            scales,
+            dtype,
+            centre=centre,
+        )
+
+
+def by_element(rows: Sequence[float] | None, numel: int, shape: tuple[int, ...], row_axes: int) -> list[float] | None:
+    """A number a row as a number an element of *shape*; None for None. Rows beyond *shape* are left out."""
+    if rows is None:
+        return None
+    length = numel // row_count(shape, row_axes)
+    return [rows[i // length] for i in range(numel)]
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -85,7 +85,56 @@ def log4(code: int) -> float:
     return 2.0 ** -(code // 2) * (181 / 256 if code % 2 else 1)
 
 
-def element(base: int, side: int, value: float, scale: float, *, base_dtype: str, result_dtype: str) -> int:
+class Side(NamedTuple):
+    """What a task chose for one element: a value before its scale, and the vector whose steps are in that scale."""
+
+    value: float
+    role: str | None
+
+
+def sides(
+    kind: str,
+    codes: Sequence[int],
+    vectors: Mapping[str, Sequence[float]],
+    own: Iterable[float] = (),
+    levels: int | None = None,
+) -> list[Side | None]:
+    """The side of every element, None where it is absent: the table of section 8.
+
+    Args:
+        kind: of the tensor.
+        codes: bits or fields.
+        vectors: values of the shared vectors, by role.
+        own: values of a sparse tensor.
+        levels: of a uniform one.
+    """
+    following = iter(own)
+    chosen: list[Side | None] = []
+    for i, code in enumerate(codes):
+        match kind, code:
+            case ("mask" | "signed" | "sparse", 0):
+                chosen.append(None)
+            case ("mask" | "signed" | "two-level", 1):
+                chosen.append(Side(vectors["merged"][i], "merged"))
+            case ("signed", 2):
+                chosen.append(Side(-vectors["merged"][i], "merged"))
+            case ("two-level", 0):
+                chosen.append(Side(vectors["merged_lo"][i], "merged_lo"))
+            case ("sign", _):
+                chosen.append(Side(1.0 if code else -1.0, None))
+            case ("sparse", 1):
+                chosen.append(Side(next(following), None))
+            case ("uniform", _):
+                chosen.append(Side(code - 1.0 if levels == 3 else code - (levels - 1) / 2, None))
+            case _:
+                raise AssertionError(f"{kind} has no code {code}")
+    assert list(following) == []
+    return chosen
+
+
+def element(
+    base: int, side: int, value: float, scale: float, *, centre: float | None = None, base_dtype: str, result_dtype: str
+) -> int:
     """Bit pattern of one element of the expert.
 
     Args:
@@ -93,6 +142,7 @@ def element(base: int, side: int, value: float, scale: float, *, base_dtype: str
         side: 1 plus, -1 minus, 0 absent.
         value: the shared vector's, before the step.
         scale: the row's.
+        centre: of the element, its step included; None where there is none.
         base_dtype: of *base*.
         result_dtype: of the result.
     """
@@ -100,8 +150,11 @@ def element(base: int, side: int, value: float, scale: float, *, base_dtype: str
     delta = rounded(scale * (side * value), "F32")
     if delta == 0:
         return base if result_dtype == base_dtype else encode(decode(base, base_dtype), result_dtype)
-    total = decode(base, base_dtype) + delta
-    return encode(total if base_dtype == "F64" else rounded(total, "F32"), result_dtype)
+    wide = "F64" if base_dtype == "F64" else "F32"
+    moved = decode(base, base_dtype)
+    if centre is not None:
+        moved = rounded(moved + centre, wide)
+    return encode(rounded(moved + delta, wide), result_dtype)
 
 
 def patterns(tensor: torch.Tensor) -> list[int]:
@@ -124,6 +177,8 @@ def rebuild(
     values: Sequence[float],
     scales: Sequence[float],
     dtype: torch.dtype | None = None,
+    *,
+    centre: Sequence[float] | None = None,
 ) -> torch.Tensor:
     """A whole tensor of the expert.
 
@@ -133,12 +188,20 @@ def rebuild(
         values: an element each.
         scales: a row each, of equally many elements.
         dtype: of the result; None for the base's.
+        centre: an element each, steps included; None for none.
     """
     dtype = dtype or base.dtype
     length = base.numel() // len(scales)
     dtypes = {"base_dtype": NAMES[base.dtype], "result_dtype": NAMES[dtype]}
     elements = [
-        element(pattern, side, value, scales[position // length], **dtypes)
+        element(
+            pattern,
+            side,
+            value,
+            scales[position // length],
+            centre=None if centre is None else centre[position],
+            **dtypes,
+        )
         for position, (pattern, side, value) in enumerate(zip(patterns(base), sides, values, strict=True))
     ]
     return from_patterns(elements, dtype, base.shape)

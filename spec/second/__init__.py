@@ -5,13 +5,14 @@ torch, or a mistake there would be made twice; bfloat16 is integer arithmetic he
 function a concept, and not to be fast.
 
 elements    tensors as bytes, casts, r13, packed fields
-algebra     base, side, merged and scale to an expert
+algebra     base, centre, side and scale to an expert
 frames      zstd frames, by hand
 shards      payloads, and the safetensors files that they lie in
 bundles     a bundle from its tables to its sealed files
 models      bases, groups and tasks, and what each task decodes to
 content     pseudo-random numbers
-valid       the valid vectors
+valid       the valid vectors; valid_kinds and valid_centre: those of further kinds, and of a centre
+kernels     the bundles that invalid vectors break
 breaking    ways to break a bundle in one place
-invalid     the invalid vectors
+invalid     the invalid vectors; invalid_kinds: those of further kinds, and of a centre
 """

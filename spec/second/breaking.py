@@ -9,15 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import xxhash
 
 from second.algebra import recast
 from second.bundles import MANIFEST, Draft, payloads
-from second.content import codes, patterns, reals, scales13, singles, weights
-from second.elements import CHUNK, Array, Json, array, cast, pack
+from second.content import singles
+from second.elements import CHUNK, Array, Json
 from second.frames import frame
-from second.models import Group, Task, assemble, embedded
+from second.kernels import COMPANION, kernel
 from second.shards import Entry, Payload, Record, Shard, safetensors
 
 Change = Callable[[Draft], None]
@@ -25,44 +24,9 @@ BASE_JSON, GROUP_JSON, TASK_JSON = "base.json", "groups/g0001/group.json", "task
 MASK_SHARD = "tasks/mnist/mask-00001-of-00001.safetensors"
 PRIVATE_SHARD = "tasks/mnist/private-00001-of-00001.safetensors"
 MERGED_SHARD = "groups/g0001/merged-00001-of-00001.safetensors"
-COMPANION = b'{"labels": 10}\n'
 COMPANION_PATH = f"files/{hashlib.sha256(COMPANION).hexdigest()}"
 REMOVE = object()
 FALSE_SHA256 = "f" * 64
-
-
-def kernel() -> Draft:
-    """The bundle that invalid vectors break: a tensor or two of every kind."""
-    base = embedded(
-        {
-            "w": weights("w", "F32", (7, 5)),
-            "v": weights("v", "BF16", (13,)),
-            "u": weights("u", "F32", (4,)),
-            "e": weights("e", "F32", (4, 3)),
-            "ids": patterns("I64", (3,), [1, 2, 3]),
-            "gone": weights("gone", "F32", (2,)),
-        }
-    )
-    group = Group(base)
-    group.vector("w", "I8", codes("w", 35, -127, 128), steps=scales13("w", 7, -8))
-    group.vector("v", "LOG4", codes("v", 13, 0, 16), steps=scales13("v", 1, -3))
-    group.vector("u", "F32", reals("u", 4, -3))
-    group.vector("e", "F16", reals("e", 12, -3))
-    task = Task(group, "mnist")
-    task.mask("w", codes("w bits", 35, 0, 2), gain=1.5)
-    task.signed("v", codes("v fields", 13, -1, 2), gain=0.75)
-    task.mask("u", np.array([1, 0, 1, 1]), gains=[1.25], codec="pooled")
-    task.extended(
-        "e", "mask", (6, 3), codes("e bits", 12, 0, 2), further=weights("f", "F32", (2, 3)).raw, codec="pooled"
-    )
-    task.same("ids")
-    task.private("head", array("F32", (2, 8), np.repeat([0.5, -0.25], 8)), "zstd")
-    task.private("flags", patterns("BOOL", (3,), [1, 0, 1]), "pooled")
-    task.private("steps", patterns("I64", (), [1000]), "pooled")
-    task.alias("tied", "head")
-    task.dropped("gone")
-    task.companions["config.json"] = COMPANION
-    return assemble(base, [group], [task])
 
 
 def put(path: str, *keys: str | int, value: object) -> Change:
@@ -362,38 +326,6 @@ def with_step(draft: Draft) -> None:
     )
 
 
-def held_back(feature: str) -> Change:
-    """Store the task's first tensor by a kind that needs *feature*, rightly."""
-
-    def change(draft: Draft) -> None:
-        group, table = draft.documents[GROUP_JSON], draft.documents[TASK_JSON]
-        merged = "merged-00001-of-00001.safetensors"
-        table["required_features"] = [feature]
-        row = {"kind": feature, "name": "w", "dtype": "F32", "shape": [7, 5], "gain": 1.5, "row_axes": 1}
-        side = codes("w bits", 35, 0, 2)
-        bits = Payload("bits/w", "bits", 35, pack(side, 1))
-        if feature in ("two-level", "centre"):
-            role = {"two-level": "merged_lo", "centre": "centre"}[feature]
-            values = Payload(f"{role}/w", "F32", 35, cast(reals("second", 35, -3), "F32"), file=merged)
-            vector = {"tensor": "w", "role": role, "dtype": "F32", "row_axes": 1, "values": values, "step": None}
-            group["vectors"].append(vector)
-        match feature:
-            case "centre":
-                row |= {"kind": "mask", "bits": bits}
-            case "sparse":
-                chosen = cast(reals("sparse", int(side.sum()), -3), "BF16")
-                values = Payload("values/w", "BF16", int(side.sum()), chosen, file="private-00001-of-00001.safetensors")
-                row |= {"bits": bits, "values": values, "values_dtype": "BF16"}
-            case "uniform":
-                packed = pack(codes("levels", 35, 0, 3), 2)
-                row |= {"levels": 3, "fields": Payload("fields/w", "2-bit fields", 35, packed)}
-            case _:
-                row |= {"bits": bits}
-        table["tensors"][0] = row
-
-    return change
-
-
 def base_file(edit: Callable[[dict[str, Array]], None]) -> Change:
     """Write the embedded base with other tensors than base.json describes."""
 
@@ -515,19 +447,23 @@ def other_base(edit: Callable[[dict[str, Array]], None]) -> bytes:
 
 @dataclass(frozen=True)
 class Invalid:
-    """An invalid vector: the kernel, broken in one place.
+    """An invalid vector: a kernel, broken in one place.
 
     Attributes:
         found_by: where it must be refused: ``open``; ``load``, when every tensor is loaded; ``verify``.
         problem: what is wrong, in a few words.
         changes: how the kernel becomes this.
         base: the file that stands beside the bundle, for a base by reference.
+        zipped: whether it stands there as a zstd frame.
+        make: the kernel.
     """
 
     found_by: tuple[str, ...]
     problem: str
     changes: tuple[Change, ...]
     base: bytes | None = None
+    zipped: bool = False
+    make: Callable[[], Draft] = kernel
 
 
 def anywhere(problem: str, *changes: Change) -> Invalid:

@@ -10,7 +10,7 @@ from typing import Any
 import xxhash
 
 from second.elements import Array, Json
-from second.shards import Payload, Shard, compact, store
+from second.shards import Payload, Shard, compact
 
 MANIFEST = "tallstore.json"
 
@@ -90,14 +90,14 @@ def place(document: Json, pool_codec: str) -> tuple[Json, dict[str, Shard]]:
             at = -(-len(pools[name]) // 8) * 8
             pools[name] = pools[name].ljust(at, b"\0") + payload.raw
         else:
-            at = shards[name].add(payload.key, store(payload))
+            at = shards[name].add(payload)
         references[payload.key] = {"shard": names.index(name), "codec": payload.codec, "at": at}
     entries = []
     for name, shard in shards.items():
         entry: Json = {"file": name, "header_xxh3": None, "index_xxh3": None, "pool": None}
         if pools[name]:
             pool = Payload("pool", "U8", len(pools[name]), pools[name], pool_codec)
-            entry["pool"] = {"nbytes": pool.count, "codec": pool_codec, "at": shard.add("pool", store(pool))}
+            entry["pool"] = {"nbytes": pool.count, "codec": pool_codec, "at": shard.add(pool)}
         entries.append(entry)
     return settle(document, references) | {"shards": entries}, shards
 

@@ -14,6 +14,7 @@ Doubles = NDArray[np.float64]
 Singles = NDArray[np.float32]
 Floats = NDArray[np.floating[Any]]
 Integers = NDArray[np.int64]
+Booleans = NDArray[np.bool_]
 
 CHUNK = 1 << 20
 

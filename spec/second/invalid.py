@@ -34,7 +34,6 @@ from second.breaking import (
     given_base,
     header,
     header_text,
-    held_back,
     large_window,
     late,
     length_field,
@@ -100,10 +99,17 @@ VERSIONS = {
     ),
     "ver-4-group": load("an unknown feature of the group", group_table("required_features", value=["time-travel"])),
     "ver-4-task": load("an unknown feature of the task", task_table("required_features", value=["time-travel"])),
-    **{
-        f"ver-4-{feature}": load(f"{feature} is specified and not read yet", held_back(feature))
-        for feature in ("two-level", "sign", "sparse", "uniform", "centre")
-    },
+    "ver-4-before-kind": load(
+        "an unknown feature, and a kind that needs it",
+        task_table("required_features", value=["time-travel"]),
+        tensor("w", "kind", value="yesterday"),
+    ),
+    "ver-4-before-key": load(
+        "an unknown feature, and a key that needs it",
+        group_table("required_features", value=["time-travel"]),
+        group_table("epoch", value=1970),
+    ),
+    "ver-4-kind": load("a kind of this version is no feature", task_table("required_features", value=["mask"])),
 }
 
 DEEP = "[" * 40 + "]" * 40
@@ -137,11 +143,6 @@ JSON_FILES = {
     "json-3-role": load("an unknown role", vector("w", "role", value="mean")),
     "json-3-codec": load("an unknown codec", tensor("w", "bits", "codec", value="lz4")),
     "json-3-pool-codec": load("planes of a pool", task_table("shards", 0, "pool", "codec", value="planes-zstd")),
-    "json-3-undeclared-kind": load(
-        "kind sign, and no such required feature",
-        held_back("sign"),
-        lambda draft: draft.documents[TASK_JSON].update(required_features=[]),
-    ),
     "json-4-manifest": anywhere("over 64 MiB", setup(grow=[MANIFEST, (64 << 20) + 1])),
     "json-4-task": load("over 64 MiB", setup(grow=[TASK_JSON, (64 << 20) + 1])),
 }

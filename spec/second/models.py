@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from second.algebra import recast, reconstruct, row_count, row_scales
+from second.algebra import Scale, Vector, centre, recast, reconstruct, sides
 from second.bundles import Draft
 from second.content import singles
-from second.elements import CHUNK, NBYTES, Array, Floats, Integers, Json, Singles, array, log4, pack, wide
+from second.elements import CHUNK, NBYTES, Array, Floats, Integers, Json, array, log4, pack, wide
 from second.shards import FORMAT_VERSION, Payload, safetensors
 
 
@@ -55,15 +55,6 @@ def embedded(tensors: dict[str, Array], aliases: dict[str, str] | None = None) -
     return Base(tensors, aliases or {}, {"model.safetensors": file})
 
 
-@dataclass
-class Shared:
-    """A shared vector as its readers see it."""
-
-    values: Singles
-    steps: list[float] | None
-    row_axes: int
-
-
 class Group:
     """A group: shared vectors, and the table that describes them."""
 
@@ -71,7 +62,7 @@ class Group:
         self.base, self.id = base, f"g{number:04d}"
         self.method: Json = {"name": method, "parameters": {"threshold": 1.2}}
         self.vectors: list[Json] = []
-        self.shared: dict[str, Shared] = {}
+        self.shared: dict[tuple[str, str], Vector] = {}  # by tensor and role
 
     def vector(
         self,
@@ -100,8 +91,7 @@ class Group:
         vector = {"tensor": tensor, "role": role, "dtype": dtype, "row_axes": row_axes}
         payload = Payload(f"{role}/{tensor}", dtype, numbers.size, raw, codec, file)
         self.vectors.append(vector | {"values": payload, "step": step})
-        if role == "merged":
-            self.shared[tensor] = Shared(values, None if steps is None else list(steps), row_axes)
+        self.shared[tensor, role] = Vector(values, None if steps is None else list(steps), row_axes)
 
     def document(self) -> Json:
         """group.json, with payloads."""
@@ -130,6 +120,26 @@ class Task:
     def signed(self, name: str, side: Integers, **options: Any) -> None:  # noqa: ANN401 - those of `_coded`
         """A tensor that takes +merged, -merged or nothing, by *side*: 1, -1 or 0."""
         table, self.expected[name] = self._coded("signed", name, side, **options)
+        self.tensors.append(table)
+
+    def two_level(self, name: str, bits: Integers, **options: Any) -> None:  # noqa: ANN401 - those of `_coded`
+        """A tensor that takes merged where a bit is set, and merged_lo where it is not."""
+        table, self.expected[name] = self._coded("two-level", name, bits, **options)
+        self.tensors.append(table)
+
+    def sign(self, name: str, bits: Integers, **options: Any) -> None:  # noqa: ANN401 - those of `_coded`
+        """A tensor that takes the scale where a bit is set, and minus the scale where it is not."""
+        table, self.expected[name] = self._coded("sign", name, bits, **options)
+        self.tensors.append(table)
+
+    def sparse(self, name: str, bits: Integers, own: Array, **options: Any) -> None:  # noqa: ANN401 - those of `_coded`
+        """A tensor that takes one of its *own* values where a bit is set."""
+        table, self.expected[name] = self._coded("sparse", name, bits, own=own, **options)
+        self.tensors.append(table)
+
+    def uniform(self, name: str, codes: Integers, levels: int, **options: Any) -> None:  # noqa: ANN401 - of `_coded`
+        """A tensor that takes one of 3, 4, 8 or 16 levels."""
+        table, self.expected[name] = self._coded("uniform", name, codes, levels=levels, **options)
         self.tensors.append(table)
 
     def private(self, name: str, tensor: Array, codec: str = "raw", stored: bytes | None = None) -> None:
@@ -191,7 +201,7 @@ class Task:
         self,
         kind: str,
         name: str,
-        side: Integers,
+        codes: Integers,
         *,
         base: str | None = None,
         dtype: str | None = None,
@@ -201,28 +211,40 @@ class Task:
         row_axes: int = 1,
         rows: int | None = None,
         codec: str = "raw",
+        own: Array | None = None,
+        own_codec: str = "raw",
+        own_file: str | None = None,
+        levels: int = 0,
     ) -> tuple[Json, Array]:
-        source, shared = self.group.base.tensor(base or name), self.group.shared[base or name]
+        source = self.group.base.tensor(base or name)
         if rows is not None:
             source = source.rows(rows)
-        merged = shared.values[: source.count]
-        axes = row_axes if gains is not None else shared.row_axes
-        scale_rows = row_count(source.shape, axes)
-        steps = None if shared.steps is None else shared.steps[:scale_rows]
-        scales = row_scales(gains if gains is not None else [gain], steps, scale_rows)
-        result = reconstruct(source, side, merged, scales, dtype or source.dtype)
-        if kind == "mask":
-            role, cells, packed = "bits", "bits", pack(side, 1)
-        else:
-            role, cells, packed = "fields", "2-bit fields", pack(np.where(side < 0, 2, side), 2)
+        shape = source.shape
+        vectors = {
+            role: vector.rows(shape) for (tensor, role), vector in self.group.shared.items() if tensor == (base or name)
+        }
+        scale = Scale([gain] if gains is None else gains, row_axes, by_row=gains is not None)
+        values = None if own is None else wide(own).astype(np.float32)
+        present, delta = sides(kind, codes, shape, scale, vectors, levels=levels, own=values)
+        middle = centre(vectors["centre"], shape) if "centre" in vectors else None
+        result = reconstruct(source, present, delta, dtype or source.dtype, middle)
         row: Json = {"kind": kind, "name": name} | ({"base": base} if base else {})
-        row |= {"dtype": result.dtype, "shape": list(source.shape)}
+        row |= {"dtype": result.dtype, "shape": list(shape)}
         if gains is None:
             row["gain"] = gain
         else:
             row["gains"] = Payload(f"gains/{name}", "F32", len(gains), singles(gains), gains_codec, self.mask_file)
         row["row_axes"] = row_axes
-        row[role] = Payload(f"{role}/{name}", cells, side.size, packed, codec, self.mask_file)
+        width = 1 if kind not in ("signed", "uniform") else 4 if levels > 4 else 2
+        role, cells = ("bits", "bits") if width == 1 else ("fields", f"{width}-bit fields")
+        packed = pack(np.where(codes < 0, 2, codes), width)
+        ranked = kind == "sparse"
+        row[role] = Payload(f"{role}/{name}", cells, codes.size, packed, codec, self.mask_file, ranked=ranked)
+        if levels:
+            row["levels"] = levels
+        if own is not None:
+            payload = Payload(f"values/{name}", own.dtype, own.count, own.raw, own_codec, own_file or self.mask_file)
+            row |= {"count": own.count, "values_dtype": own.dtype, "values": payload if own.count else None}
         return row, result
 
     def document(self) -> Json:

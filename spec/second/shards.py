@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import xxhash
@@ -32,6 +32,7 @@ class Payload:
         codec: raw, zstd, planes-zstd or pooled.
         file: the shard that it goes to.
         stored: its chunks as they stand in the file, where they are not what `store` makes of *raw*.
+        ranked: whether its records have ranks: the bits of a sparse tensor.
     """
 
     key: str
@@ -41,19 +42,29 @@ class Payload:
     codec: str = "raw"
     file: str = "mask-00001-of-00001.safetensors"
     stored: tuple[bytes, ...] | None = None
+    ranked: bool = False
+
+    def chunks(self) -> list[bytes]:
+        """Its decoded bytes, a chunk each (CHK-1, CHK-2)."""
+        nbytes = CHUNK * NBITS[self.cells] // 8
+        return [self.raw[start : start + nbytes] for start in range(0, len(self.raw), nbytes)]
 
 
 def store(payload: Payload) -> tuple[bytes, ...]:
     """The chunks of *payload*, as they stand in the file."""
     if payload.stored is not None:
         return payload.stored
-    nbytes = CHUNK * NBITS[payload.cells] // 8
-    chunks = [payload.raw[start : start + nbytes] for start in range(0, len(payload.raw), nbytes)]
     if payload.codec == "zstd":
-        return tuple(map(frame, chunks))
+        return tuple(map(frame, payload.chunks()))
     if payload.codec == "planes-zstd":
-        return tuple(frame(planes(chunk, NBITS[payload.cells] // 8)) for chunk in chunks)
-    return tuple(chunks)
+        return tuple(frame(planes(chunk, NBITS[payload.cells] // 8)) for chunk in payload.chunks())
+    return tuple(payload.chunks())
+
+
+def ranks(payload: Payload) -> list[int]:
+    """A rank for each chunk: of a sparse tensor's bits how many are set in the chunks before, of all others 0."""
+    counts = [int.from_bytes(chunk, "little").bit_count() for chunk in payload.chunks()]
+    return [sum(counts[:number]) if payload.ranked else 0 for number in range(len(counts))]
 
 
 @dataclass
@@ -93,14 +104,14 @@ class Shard:
     header_alignment: int = ALIGNMENT
     file_edit: Callable[[bytes], bytes] = bytes
 
-    def add(self, key: str, chunks: Iterable[bytes]) -> int:
+    def add(self, payload: Payload) -> int:
         """Append a payload; the number of its first record."""
         at, data = len(self.records), b""
-        for chunk in chunks:
+        for chunk, rank in zip(store(payload), ranks(payload), strict=True):
             data += chunk
-            self.records.append(Record(xxhash.xxh3_128_digest(chunk), len(data)))
+            self.records.append(Record(xxhash.xxh3_128_digest(chunk), len(data), rank))
         data += bytes(-len(data) % ALIGNMENT)
-        self.entries.append(Entry(key, [len(data)], data))
+        self.entries.append(Entry(payload.key, [len(data)], data))
         return at
 
     def entry(self, key: str) -> Entry:

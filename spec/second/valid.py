@@ -14,7 +14,7 @@ from second.algebra import row_count
 from second.breaking import put
 from second.bundles import MANIFEST, Draft
 from second.content import codes, patterns, reals, scales13, weights
-from second.elements import CHUNK, FLOATS, NBYTES, Array, Doubles, Integers, array, wide
+from second.elements import CHUNK, FLOATS, NBYTES, Array, Doubles, Integers, Singles, array, wide
 from second.frames import frame
 from second.models import Base, Group, Task, assemble, embedded
 from second.shards import compact, safetensors
@@ -145,19 +145,22 @@ def every_exponent() -> Valid:
     return Valid(assemble(base, [group], tasks), "REC-1 REC-2 REC-3 REC-5 NUM-1")
 
 
+def fused_traps(count: int) -> tuple[Singles, Singles, float]:
+    """Bases, values and a scale whose sum of base and product comes out otherwise when it is rounded only once."""
+    value = np.float32(1) + codes("trap value", 4000, 0, 1 << 23).astype(np.float32) * np.float32(2.0**-23)
+    start = np.float32(1) + codes("trap base", 4000, 0, 1 << 23).astype(np.float32) * np.float32(2.0**-23)
+    scale = np.float32(scales13("trap scale", 1, -3)[0])
+    exact = start.astype(np.float64) + float(scale) * value.astype(np.float64)  # in float64
+    traps = np.flatnonzero(exact.astype(np.float32) != start + scale * value)[:count]
+    return start[traps], value[traps], float(scale)
+
+
 def rounding_traps() -> Valid:
     """Products that a fused multiply-add keeps too exactly, scales that tie at 13 bits, results that are subnormal."""
-    seeds = np.arange(4000)
-    value = np.float32(1) + codes("trap value", seeds.size, 0, 1 << 23).astype(np.float32) * np.float32(2.0**-23)
-    start = np.float32(1) + codes("trap base", seeds.size, 0, 1 << 23).astype(np.float32) * np.float32(2.0**-23)
-    scale = np.float32(scales13("trap scale", 1, -3)[0])
-    fused = (start.astype(np.float64) + float(scale) * value.astype(np.float64)).astype(
-        np.float32
-    )  # exact in float64, rounded once
-    traps = np.flatnonzero(fused != start + scale * value)[:26]
+    start, value, scale = fused_traps(26)
     ties = [math.ldexp(code, -12) for code in (4097, 4098, 4099, 5001, 8191, 6144, 7001, 4100)]
     tensors = {
-        "fma": Array("F32", (26,), start[traps].tobytes()),
+        "fma": Array("F32", (26,), start.tobytes()),
         "scale": array("F32", (8, 3), reals("tie base", 24)),
         # base = -2^-119 (1 + 2^-k), delta = 2^-119: what is left has no normal exponent
         "subnormal": array("F32", (13,), np.array([-(2.0**-119) * (1 + 2.0**-k) for k in range(8, 21)])),
@@ -166,14 +169,14 @@ def rounding_traps() -> Valid:
     }
     base = embedded(tensors)
     group = Group(base)
-    group.vector("fma", "F32", value[traps])
+    group.vector("fma", "F32", value)
     group.vector("scale", "I8", codes("tie codes", 24, -127, 128), steps=[ties[k] for k in (0, 1, 2, 3, 4, 5, 6, 7)])
     group.vector("subnormal", "F32", np.full(13, 2.0**-60))
     group.vector("tiny", "F32", np.full(3, 2.0**-60))
     # The products, in units of 2^-60: just under 1, which 13 bits round up to 1; 0.5, too small; two just over 1.
     group.vector("vanishing", "I8", np.full(12, 127), steps=[8190 / 8192, 0.5, 1.0, 8191 / 8192])
     task = Task(group, "t")
-    task.mask("fma", np.ones(26, np.int64), gain=float(scale))
+    task.mask("fma", np.ones(26, np.int64), gain=scale)
     task.mask("scale", np.ones(24, np.int64), gains=[ties[k] for k in (1, 1, 3, 2, 4, 6, 7, 0)])
     task.mask("subnormal", np.ones(13, np.int64), gain=2.0**-59)
     task.mask("tiny", np.array([1, 1, 0]), gain=2.0**-60)

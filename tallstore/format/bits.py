@@ -46,7 +46,7 @@ def unpack(packed: Bytes, numel: int, width: int) -> Bytes:
 
 
 def look_up(packed: Bytes, numel: int, width: int, values: tuple[float, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """The value of each code: ``values[code]`` as *dtype*, by one table look-up a packed byte (width 2 or 4).
+    """The value of each code: ``values[code]`` as *dtype*, by one table look-up a packed byte.
 
     Returns:
         a 1-D array of *numel* elements.
@@ -72,5 +72,15 @@ def padding_is_zero(packed: Bytes, numel: int, width: int) -> bool:
 
 
 def has_code_three(packed: Bytes) -> bool:
-    """Whether any 2-bit field of *packed* is 3, the code that no 2-bit encoding uses."""
+    """Whether any 2-bit field of *packed* is 3, which not every 2-bit encoding uses."""
     return bool(np.any(packed & (packed >> np.uint8(1)) & np.uint8(0x55)))
+
+
+def has_code_above_seven(packed: Bytes) -> bool:
+    """Whether any 4-bit field of *packed* is 8 or more."""
+    return bool(np.any(packed & np.uint8(0x88)))
+
+
+def set_count(packed: Bytes) -> int:
+    """How many bits of *packed* are set."""
+    return int(np.count_nonzero(np.unpackbits(packed)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import stat
 import threading
@@ -34,7 +33,7 @@ from tallstore.format.manifest import (
     DroppedTensor,
     FileEntry,
     GroupTable,
-    ScaledCode,
+    Role,
     Shard,
     TaskEntry,
     TaskTable,
@@ -44,7 +43,7 @@ from tallstore.format.manifest import (
 from tallstore.format.parsing import MAX_JSON_NBYTES, Table, is_newer_minor, parse, parse_manifest
 from tallstore.format.payloads import (
     BaseTensors,
-    Shape,
+    Coded,
     Stored,
     Vectors,
     base_tensors,
@@ -84,9 +83,9 @@ class Group(Owner):
 
     vectors: Vectors
 
-    def merged(self, tensor: str) -> Vector:
-        """The merged vector for a base tensor; the checks of the tables have seen to it that it is there."""
-        return self.vectors[tensor, "merged"]
+    def vector(self, tensor: str, role: Role) -> Vector:
+        """A vector of a base tensor that a code needs; the checks of the tables have seen to it that it is there."""
+        return self.vectors[tensor, role]
 
 
 @dataclass(frozen=True)
@@ -246,12 +245,15 @@ class BundleFiles:
         shard = owner.shards[stored.payload.shard]
         path = f"{owner.directory}/{shard.file}"
         reader = self._shards.get(path, lambda: self._open_shard(path, shard))
-        return reader.payload(stored.key, stored.payload, stored.encoding, stored.numel)
+        return reader.payload(stored.key, stored.payload, stored.encoding, stored.numel, stored.set_count)
 
-    def scales(
-        self, task: Task, name: str, base_name: str, code: ScaledCode, shape: Shape
-    ) -> tuple[NDArray[np.float32], int]:
+    def scales(self, task: Task, coded: Coded, role: Role | None = None) -> tuple[NDArray[np.float32], int]:
         """The scales of a coded tensor, or of the leading rows of an extended one (REC-4).
+
+        Args:
+            task: whose tensor it is.
+            coded: the tensor.
+            role: of the vector that the values are of; None where they are of none.
 
         Returns:
             float32 scales, one or one a row, and the elements of a row.
@@ -259,21 +261,35 @@ class BundleFiles:
         Raises:
             FormatError: NUM-3, one is above 2^60; or as `payload`.
         """
-        vector = task.group.merged(base_name)
-        numel, rows = math.prod(shape), row_count(shape, code.row_axes)
-        gains = np.array([code.gain or 0.0], np.float32)
-        by_row = gains_of(name, code, shape)
+        gains = np.array([coded.code.gain or 0.0], np.float32)
+        by_row = gains_of(coded)
         if by_row is not None:
             gains = self.payload(task, by_row).all().view("<f4")
-        step = vector_step_of(vector, task.base[base_name].shape)
-        if step is None:
-            return gains, numel // gains.size
-        rows = row_count(shape, vector.row_axes)
-        scales = row_scales(gains, self.payload(task.group, step).all().view("<f4")[:rows])
+        stepped = None if role is None else self.steps(task, coded, role)
+        if stepped is None:
+            return gains, coded.numel // gains.size
+        steps, row_length = stepped
+        scales = row_scales(gains, steps)
         if not np.all(in_range(scales)):
-            where = f"{layout.task_table(task.entry.slug)}, tensor {name!r}"
+            where = f"{layout.task_table(task.entry.slug)}, tensor {coded.name!r}"
             raise FormatError("NUM-3", where, "a row's gain times its step is above 2^60")
-        return scales, numel // rows
+        return scales, row_length
+
+    def steps(self, task: Task, coded: Coded, role: Role) -> tuple[NDArray[np.float32], int] | None:
+        """The steps of a vector for a coded tensor, or for the leading rows of an extended one; None without steps.
+
+        Returns:
+            float32 steps, one a row, and the elements of a row.
+
+        Raises:
+            FormatError: as `payload`.
+        """
+        vector = task.group.vector(coded.base_name, role)
+        step = vector_step_of(vector, task.base[coded.base_name].shape)
+        if step is None:
+            return None
+        rows = row_count(coded.shape, vector.row_axes)
+        return self.payload(task.group, step).all().view("<f4")[:rows], coded.numel // rows
 
     def _open_shard(self, path: str, shard: Shard) -> ShardReader:
         try:

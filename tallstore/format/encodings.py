@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from tallstore.errors import FormatError
 from tallstore.format import bits
 from tallstore.format.bits import Bytes
 from tallstore.format.dtypes import CODED, DTYPES
+from tallstore.format.manifest import Levels
 from tallstore.format.r13 import SMALLEST, is_r13
 
 # Code k of log4 stands for 2^(-k/2); 181/256 replaces the square root of 1/2, so that 8 significant bits hold every
@@ -23,6 +25,14 @@ LOG4_VALUES: tuple[float, ...] = tuple(
     2.0 ** -(k // 2) if k % 2 == 0 else 181 / 256 * 2.0 ** -((k - 1) // 2) for k in range(16)
 )
 SIGNED_VALUES: tuple[int, ...] = (0, 1, -1, 0)  # absent, plus, minus; code 3 is refused before it is looked up
+SIGN_VALUES: tuple[float, ...] = (-1.0, 1.0)
+#: What the codes of uniform fields stand for, by their levels; those of no level are refused likewise.
+UNIFORM_VALUES: Final[dict[Levels, tuple[float, ...]]] = {
+    3: (-1.0, 0.0, 1.0, 0.0),
+    4: tuple(code - 1.5 for code in range(4)),
+    8: tuple(code - 3.5 if code < 8 else 0.0 for code in range(16)),
+    16: tuple(code - 7.5 for code in range(16)),
+}
 
 Check = Callable[[Bytes, int, str], None]  # decoded chunk, its element count, the place to name
 
@@ -65,13 +75,19 @@ def _padding(width: int) -> Check:
     return check
 
 
-_check_two_bit_padding = _padding(2)
+_check_padding = {width: _padding(width) for width in (1, 2, 4)}
 
 
-def _signed(chunk: Bytes, numel: int, where: str) -> None:
-    _check_two_bit_padding(chunk, numel, where)
+def _three_codes(chunk: Bytes, numel: int, where: str) -> None:
+    _check_padding[2](chunk, numel, where)
     if bits.has_code_three(chunk):
         raise FormatError("FIELD-1", where, "a field holds code 3, which stands for nothing")
+
+
+def _eight_codes(chunk: Bytes, numel: int, where: str) -> None:
+    _check_padding[4](chunk, numel, where)
+    if bits.has_code_above_seven(chunk):
+        raise FormatError("FIELD-1", where, "a field of 8 levels holds a code above 7, which stands for nothing")
 
 
 def _int8(chunk: Bytes, _numel: int, where: str) -> None:
@@ -102,7 +118,7 @@ def _shared_float(dtype: str) -> Check:
         negative_zero = (values == 0) & np.signbit(values)
         sound = np.isfinite(values) & ~negative_zero & ((magnitude == 0) | (magnitude >= SMALLEST))
         if not np.all(sound):
-            raise FormatError("NUM-2", where, "a shared value is not finite, is -0.0, or is smaller than 2^-60")
+            raise FormatError("NUM-2", where, "a value is not finite, is -0.0, or is smaller than 2^-60")
 
     return check
 
@@ -113,15 +129,23 @@ def _as_float32(chunk: Bytes, dtype: str) -> NDArray[np.float32]:
     return chunk.view({"F16": "<f2", "F32": "<f4"}[dtype]).astype(np.float32)
 
 
-BITS = Encoding("bits", 1, is_float=False, check=_padding(1))
-SIGNED = Encoding("signed", 2, is_float=False, check=_signed)
+BITS = Encoding("bits", 1, is_float=False, check=_check_padding[1])
+SIGNED = Encoding("signed", 2, is_float=False, check=_three_codes)
 GAINS = Encoding("gains", 32, is_float=True, check=_r13)
 STEPS = Encoding("steps", 32, is_float=True, check=_steps)
 POOL = Encoding("pool", 8, is_float=False, check=_anything)
 
-#: Encodings of a shared vector, by the dtype that group.json records.
+#: Encodings of uniform fields, by their levels.
+UNIFORM: Final[dict[Levels, Encoding]] = {
+    3: Encoding("uniform of 3 levels", 2, is_float=False, check=_three_codes),
+    4: Encoding("uniform of 4 levels", 2, is_float=False, check=_check_padding[2]),
+    8: Encoding("uniform of 8 levels", 4, is_float=False, check=_eight_codes),
+    16: Encoding("uniform of 16 levels", 4, is_float=False, check=_check_padding[4]),
+}
+
+#: Encodings of a shared vector, by the dtype that group.json records; the floats also of a sparse tensor's values.
 SHARED: dict[str, Encoding] = {
-    "LOG4": Encoding("LOG4", 4, is_float=False, check=_padding(4)),
+    "LOG4": Encoding("LOG4", 4, is_float=False, check=_check_padding[4]),
     "I8": Encoding("I8", 8, is_float=False, check=_int8),
     "F16": Encoding("F16", 16, is_float=True, check=_shared_float("F16")),
     "BF16": Encoding("BF16", 16, is_float=True, check=_shared_float("BF16")),

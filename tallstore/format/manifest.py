@@ -32,9 +32,11 @@ Slug = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$(?!\n)")]
 GroupId = Annotated[str, Meta(pattern=r"^g[0-9]{4}$(?!\n)")]
 RepoId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,96}(/[A-Za-z0-9_.-]{1,96})?$(?!\n)")]
 Shape = Annotated[tuple[Natural, ...], Meta(max_length=16)]
-RowAxes = Annotated[int, Meta(ge=0, le=16)]
+RowAxes = Natural
 CodedDtype = Literal["F16", "BF16", "F32", "F64"]
 SharedDtype = Literal["F32", "BF16", "F16", "I8", "LOG4"]
+SparseDtype = Literal["F32", "BF16", "F16"]
+Levels = Literal[3, 4, 8, 16]
 Role = Literal["merged", "merged_lo", "centre"]
 Scalar = str | bool | int | float | None
 
@@ -221,11 +223,44 @@ class SignedCode(_ScaledCode, tag="signed", frozen=True, kw_only=True):
     fields: Payload
 
 
+class TwoLevelCode(_ScaledCode, tag="two-level", frozen=True, kw_only=True):
+    """base + gain * (bit ? merged : merged_lo)."""
+
+    bits: Payload
+
+
+class SignCode(_ScaledCode, tag="sign", frozen=True, kw_only=True):
+    """base + gain * (bit ? 1 : -1)."""
+
+    bits: Payload
+
+
+class SparseCode(_ScaledCode, tag="sparse", frozen=True, kw_only=True):
+    """base + gain * (bit ? the next of its own values : nothing).
+
+    Attributes:
+        count: bits that are set, and values that there are.
+        values: in the order of their bits; none where no bit is set.
+    """
+
+    bits: Payload
+    count: Natural
+    values_dtype: SparseDtype
+    values: Payload | None = None
+
+
+class UniformCode(_ScaledCode, tag="uniform", frozen=True, kw_only=True):
+    """base + gain * one of *levels* numbers, equally far apart and around 0."""
+
+    fields: Payload
+    levels: Levels
+
+
 class SameCode(_Code, tag="same", frozen=True, kw_only=True):
     """Equal to the base."""
 
 
-RowsCode = MaskCode | SignedCode | SameCode
+RowsCode = MaskCode | SignedCode | TwoLevelCode | SignCode | SparseCode | UniformCode | SameCode
 
 
 class Whole(_Code, frozen=True, kw_only=True):
@@ -251,24 +286,52 @@ class BasedTensor(Whole, frozen=True, kw_only=True):
         return self.name if self.base is None else self.base
 
 
-class _ScaledTensor(BasedTensor, frozen=True, kw_only=True):
-    """A whole tensor under one code; the same fields as `_ScaledCode`, behind the tensor's own."""
+class _CodedTensor(BasedTensor, frozen=True, kw_only=True):
+    """A whole tensor under one code, whose fields stand behind the tensor's own."""
 
     gain: float | None = None
     gains: Payload | None = None
     row_axes: RowAxes = 1
 
 
-class MaskTensor(_ScaledTensor, tag="mask", frozen=True, kw_only=True):
+class MaskTensor(_CodedTensor, tag="mask", frozen=True, kw_only=True):
     """base + gain * (bit ? merged : nothing)."""
 
     bits: Payload
 
 
-class SignedTensor(_ScaledTensor, tag="signed", frozen=True, kw_only=True):
+class SignedTensor(_CodedTensor, tag="signed", frozen=True, kw_only=True):
     """base + gain * (+merged, -merged or nothing)."""
 
     fields: Payload
+
+
+class TwoLevelTensor(_CodedTensor, tag="two-level", frozen=True, kw_only=True):
+    """base + gain * (bit ? merged : merged_lo)."""
+
+    bits: Payload
+
+
+class SignTensor(_CodedTensor, tag="sign", frozen=True, kw_only=True):
+    """base + gain * (bit ? 1 : -1)."""
+
+    bits: Payload
+
+
+class SparseTensor(_CodedTensor, tag="sparse", frozen=True, kw_only=True):
+    """base + gain * (bit ? the next of its own values : nothing); the fields are those of `SparseCode`."""
+
+    bits: Payload
+    count: Natural
+    values_dtype: SparseDtype
+    values: Payload | None = None
+
+
+class UniformTensor(_CodedTensor, tag="uniform", frozen=True, kw_only=True):
+    """base + gain * one of *levels* numbers, equally far apart and around 0."""
+
+    fields: Payload
+    levels: Levels
 
 
 class SameTensor(BasedTensor, tag="same", frozen=True, kw_only=True):
@@ -302,8 +365,16 @@ class DroppedTensor(_Code, tag="dropped", frozen=True, kw_only=True):
     name: TensorName
 
 
-ScaledCode = MaskCode | SignedCode | MaskTensor | SignedTensor
-Tensor = MaskTensor | SignedTensor | PrivateTensor | ExtendedTensor | SameTensor | AliasTensor | DroppedTensor
+# A code with its scale, of a whole tensor or of leading rows.
+Mask = MaskCode | MaskTensor
+Signed = SignedCode | SignedTensor
+TwoLevel = TwoLevelCode | TwoLevelTensor
+Sign = SignCode | SignTensor
+Sparse = SparseCode | SparseTensor
+Uniform = UniformCode | UniformTensor
+ScaledCode = Mask | Signed | TwoLevel | Sign | Sparse | Uniform
+CodedTensor = MaskTensor | SignedTensor | TwoLevelTensor | SignTensor | SparseTensor | UniformTensor
+Tensor = CodedTensor | PrivateTensor | ExtendedTensor | SameTensor | AliasTensor | DroppedTensor
 
 
 class CompanionFile(_Part, frozen=True, kw_only=True):

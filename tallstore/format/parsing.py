@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NoReturn, TypeVar
@@ -14,6 +13,7 @@ from typing import Any, NoReturn, TypeVar
 import msgspec
 from msgspec import Struct
 
+from tallstore.caller_warnings import warn
 from tallstore.errors import FormatError, IntegrityError, UnsupportedFeatureError, UnsupportedVersionError
 from tallstore.format.manifest import FORMAT_VERSION, BaseTable, GroupTable, Manifest, TaskTable
 
@@ -193,12 +193,12 @@ def _convert(document: dict[str, Any], table: type[Table], where: str, *, newer_
     try:
         parsed = msgspec.convert(document, table, strict=True)
     except msgspec.ValidationError as error:
-        over_limit = re.search("(of length|`) <= [0-9]", str(error)) is not None
+        over_limit = re.search("of length <= [0-9]", str(error)) is not None
         raise FormatError("LIM-1" if over_limit else "JSON-3", where, str(error)) from None
     for place in _unknown_keys(document, parsed, "$"):
         if not newer_minor:
             raise FormatError("VER-3", where, f"has the unknown key {place}")
-        warnings.warn(f"{where}: ignores the unknown key {place} of a newer version", stacklevel=2)
+        warn(f"{where}: ignores the unknown key {place} of a newer version")
     return parsed
 
 

@@ -12,19 +12,23 @@ from tallstore.format.encodings import Encoding
 from tallstore.format.manifest import (
     BaseTable,
     BaseTensor,
+    CodedTensor,
     ExtendedTensor,
     GroupTable,
-    MaskCode,
-    MaskTensor,
+    Mask,
     Payload,
     PrivateTensor,
     Role,
     SameCode,
     ScaledCode,
-    SignedTensor,
+    Signed,
+    Sparse,
     TaskTable,
     Tensor,
+    TwoLevel,
+    Uniform,
     Vector,
+    Whole,
 )
 
 Shape = tuple[int, ...]
@@ -52,12 +56,14 @@ class Stored:
         payload: where it is.
         encoding: what its bytes mean.
         numel: how many elements it has.
+        set_count: how many bits are set, for those of a sparse tensor; None for all others.
     """
 
     key: str
     payload: Payload
     encoding: Encoding
     numel: int
+    set_count: int | None = None
 
     @property
     def records(self) -> int:
@@ -75,18 +81,69 @@ def leading_shape(tensor: ExtendedTensor) -> Shape:
     return (tensor.rows, *tensor.shape[1:])
 
 
-def sides_of(name: str, code: ScaledCode, shape: Shape) -> Stored:
-    """The bits or fields of a coded tensor, or of the leading rows of an extended one."""
-    if isinstance(code, MaskCode | MaskTensor):
-        return Stored(f"bits/{name}", code.bits, encodings.BITS, math.prod(shape))
-    return Stored(f"fields/{name}", code.fields, encodings.SIGNED, math.prod(shape))
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """A coded tensor, or the leading rows of an extended one.
+
+    Attributes:
+        name: the tensor's.
+        base_name: of the tensor that it is coded over.
+        code: how.
+        shape: of what is coded.
+    """
+
+    name: str
+    base_name: str
+    code: ScaledCode
+    shape: Shape
+
+    @property
+    def numel(self) -> int:
+        """Coded elements."""
+        return math.prod(self.shape)
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The shared vectors that it takes its values from, whose steps its gains are multiplied by (TAB-5)."""
+        if isinstance(self.code, Mask | Signed):
+            return ("merged",)
+        return ("merged", "merged_lo") if isinstance(self.code, TwoLevel) else ()
 
 
-def gains_of(name: str, code: ScaledCode, shape: Shape) -> Stored | None:
-    """The gains by row of a coded tensor; None where it has one gain."""
+def coded_part(tensor: Tensor | Whole) -> Coded | None:
+    """What of a tensor is coded: all of it, its leading rows, or nothing."""
+    if isinstance(tensor, CodedTensor):
+        return Coded(tensor.name, tensor.base_name, tensor, tensor.shape)
+    if isinstance(tensor, ExtendedTensor) and not isinstance(tensor.leading, SameCode):
+        return Coded(tensor.name, tensor.base_name, tensor.leading, leading_shape(tensor))
+    return None
+
+
+def sides_of(coded: Coded) -> Stored:
+    """The bits or fields of what is coded."""
+    code = coded.code
+    if isinstance(code, Uniform):
+        return Stored(f"fields/{coded.name}", code.fields, encodings.UNIFORM[code.levels], coded.numel)
+    if isinstance(code, Signed):
+        return Stored(f"fields/{coded.name}", code.fields, encodings.SIGNED, coded.numel)
+    set_count = code.count if isinstance(code, Sparse) else None
+    return Stored(f"bits/{coded.name}", code.bits, encodings.BITS, coded.numel, set_count)
+
+
+def sparse_values_of(coded: Coded) -> Stored | None:
+    """The values of a sparse tensor; None for other kinds, and where no bit is set."""
+    code = coded.code
+    if not isinstance(code, Sparse) or code.values is None:
+        return None
+    return Stored(f"values/{coded.name}", code.values, encodings.SHARED[code.values_dtype], code.count)
+
+
+def gains_of(coded: Coded) -> Stored | None:
+    """The gains by row of what is coded; None where it has one gain."""
+    code = coded.code
     if code.gains is None:
         return None
-    return Stored(f"gains/{name}", code.gains, encodings.GAINS, row_count(shape, code.row_axes))
+    return Stored(f"gains/{coded.name}", code.gains, encodings.GAINS, row_count(coded.shape, code.row_axes))
 
 
 def values_of(tensor: PrivateTensor) -> Stored | None:
@@ -135,20 +192,15 @@ def task_payloads(table: TaskTable) -> Iterator[Stored]:
 
 def tensor_payloads(tensor: Tensor) -> Iterator[Stored]:
     """Every payload of one tensor of a task."""
-    match tensor:
-        case MaskTensor() | SignedTensor():
-            yield from _code_payloads(tensor.name, tensor, tensor.shape)
-        case PrivateTensor():
-            yield from _present(values_of(tensor))
-        case ExtendedTensor():
-            if not isinstance(tensor.leading, SameCode):
-                yield from _code_payloads(tensor.name, tensor.leading, leading_shape(tensor))
-            yield from _present(further_of(tensor))
-
-
-def _code_payloads(name: str, code: ScaledCode, shape: Shape) -> Iterator[Stored]:
-    yield sides_of(name, code, shape)
-    yield from _present(gains_of(name, code, shape))
+    coded = coded_part(tensor)
+    if coded is not None:
+        yield sides_of(coded)
+        yield from _present(gains_of(coded))
+        yield from _present(sparse_values_of(coded))
+    if isinstance(tensor, PrivateTensor):
+        yield from _present(values_of(tensor))
+    if isinstance(tensor, ExtendedTensor):
+        yield from _present(further_of(tensor))
 
 
 def _present(stored: Stored | None) -> Iterator[Stored]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +16,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from tallstore.errors import FormatError, IntegrityError
-from tallstore.format import codecs
+from tallstore.format import bits, codecs
 from tallstore.format.bits import Bytes
 from tallstore.format.codecs import Codec
 from tallstore.format.dtypes import CHUNK_NUMEL, chunk_count, chunk_span
@@ -89,18 +91,39 @@ class PayloadReader:
     encoding: Encoding
     where: str
     _fetch: Callable[[int], Bytes]
+    _ranks: Callable[[], Sequence[int]] | None = None  # a chunk each, and behind them how many bits are set in all
 
     def chunk(self, index: int) -> Bytes:
         """Decoded bytes of chunk *index*.
 
         Raises:
             IntegrityError: IDX-3, the stored bytes are not the ones that were written.
-            FormatError: COD-1 to COD-5, or a content rule of the encoding.
+            FormatError: COD-1 to COD-5, or a content rule of the encoding; IDX-5 or TAB-9, bits of a sparse tensor are
+                not as many as its ranks say.
         """
         start, stop = chunk_span(self.numel, index)
         decoded = self._fetch(index)
         self.encoding.check(decoded, stop - start, f"{self.where}, chunk {index}")
+        if self._ranks is not None:
+            self._check_set_count(decoded, index, self._ranks())
         return decoded
+
+    def rank(self, index: int) -> int:
+        """How many bits of a sparse tensor are set in the chunks before *index*.
+
+        Raises:
+            FormatError: as `chunk`; the pool was read to count them.
+        """
+        if self._ranks is None:
+            raise AssertionError("only the bits of sparse tensors are counted")
+        return self._ranks()[index]
+
+    def _check_set_count(self, decoded: Bytes, index: int, ranks: Sequence[int]) -> None:
+        found, due = bits.set_count(decoded), ranks[index + 1] - ranks[index]
+        if found != due:
+            is_last = index + 2 == len(ranks)
+            problem = f"has {found} bits set, {'the count' if is_last else 'the next rank'} leaves {due} for it"
+            raise FormatError("TAB-9" if is_last else "IDX-5", f"{self.where}, chunk {index}", problem)
 
     def all(self) -> Bytes:
         """Decoded bytes of every chunk together; for small payloads."""
@@ -137,20 +160,31 @@ class ShardReader:
         """Keys of the payloads, the pool's included."""
         return self.header.tensors.keys() - {INDEX_KEY}
 
-    def payload(self, key: str, payload: Payload, encoding: Encoding, numel: int) -> PayloadReader:
+    def payload(
+        self, key: str, payload: Payload, encoding: Encoding, numel: int, set_count: int | None = None
+    ) -> PayloadReader:
         """The payload at *payload* in this shard, of *numel* elements.
+
+        Args:
+            key: its name.
+            payload: where it is.
+            encoding: what its bytes mean.
+            numel: how many elements it has.
+            set_count: how many bits are set, for those of a sparse tensor: its records have ranks.
 
         Raises:
             FormatError: ST-6, IDX-2, IDX-5, COD-4, TAB-6: the shard has no such payload.
         """
         where = f"{self.where}, {key!r}"
         if payload.codec == "pooled":
-            return self._pooled(payload.at, encoding, numel, where)
+            return self._pooled(payload.at, encoding, numel, where, set_count)
         if payload.codec == "planes-zstd" and not encoding.is_float:
             raise FormatError("COD-4", where, f"planes-zstd is for floating-point payloads, not for {encoding.name}")
-        return self._stored(key, payload.codec, payload.at, encoding, numel)
+        return self._stored(key, payload.codec, payload.at, encoding, numel, set_count=set_count)
 
-    def _stored(self, key: str, codec: Codec, at: int, encoding: Encoding, numel: int) -> PayloadReader:
+    def _stored(
+        self, key: str, codec: Codec, at: int, encoding: Encoding, numel: int, *, set_count: int | None = None
+    ) -> PayloadReader:
         where = f"{self.where}, {key!r}"
         entry = self.header.tensors.get(key)
         if entry is None:
@@ -171,7 +205,11 @@ class ShardReader:
                 raise FormatError(
                     "IDX-2", f"{where}, chunk {index}", "its index record gives it more bytes than it needs"
                 )
-        if np.any(self._ranks[at : at + count]):
+        ranks: list[int] = self._ranks[at : at + count].tolist()
+        if set_count is not None:
+            ranks.append(set_count)
+            _check_ranks(ranks, where)
+        elif any(ranks):
             raise FormatError("IDX-5", where, "its index records count bits, which only those of sparse tensors do")
 
         def fetch(index: int) -> Bytes:
@@ -181,9 +219,9 @@ class ShardReader:
             stored = self._read_chunk(at + index, start, entry.start + ends[index], place)
             return codecs.decode(codec, stored, encoding.nbytes(last - first), encoding.itemsize, place)
 
-        return PayloadReader(numel, encoding, where, fetch)
+        return PayloadReader(numel, encoding, where, fetch, None if set_count is None else lambda: ranks)
 
-    def _pooled(self, at: int, encoding: Encoding, numel: int, where: str) -> PayloadReader:
+    def _pooled(self, at: int, encoding: Encoding, numel: int, where: str, set_count: int | None) -> PayloadReader:
         nbytes = encoding.nbytes(numel)
         pool = self._shard.pool
         if at % POOL_ALIGNMENT or at + nbytes > (pool.nbytes if pool else 0):
@@ -195,7 +233,12 @@ class ShardReader:
             start = at + encoding.nbytes(first)
             return self.pool_bytes(start, start + encoding.nbytes(last - first))
 
-        return PayloadReader(numel, encoding, where, fetch)
+        @cache
+        def counted() -> Sequence[int]:
+            counts = [bits.set_count(fetch(index)) for index in range(chunk_count(numel) - 1)]
+            return [0, *accumulate(counts), set_count or 0]
+
+        return PayloadReader(numel, encoding, where, fetch, None if set_count is None else counted)
 
     def padding(self, key: str, last_record: int) -> Bytes:
         """The bytes behind the last chunk of the payload *key*, up to its boundary; *last_record* is that chunk's."""
@@ -242,6 +285,13 @@ class ShardReader:
         numbers = np.ascontiguousarray(records[:, 16:]).view("<u8")
         self._ranks = numbers[:, 1]
         return numbers[:, 0].astype(np.uint64), np.ascontiguousarray(records[:, :16])
+
+
+def _check_ranks(ranks: Sequence[int], where: str) -> None:
+    """IDX-5, as far as the records tell; behind *ranks* is the count, which is checked with the last chunk (TAB-9)."""
+    too_many = any(after - before > CHUNK_NUMEL for before, after in pairwise(ranks[:-1]))
+    if ranks[0] != 0 or too_many or any(after < before for before, after in pairwise(ranks)):
+        raise FormatError("IDX-5", where, "the ranks of its index records do not count up from 0 to its count")
 
 
 def _read_header(file: LocalFile, expected: str) -> Header:

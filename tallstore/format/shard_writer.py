@@ -66,25 +66,39 @@ class ShardWriter:
     owner's table and the manifest list.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, compress: bool = True) -> None:
+        """Write nothing yet.
+
+        Args:
+            directory: of the owner; there before the first payload.
+            compress: whether payloads and pools take the smaller codec where none is asked for; False stores them raw.
+        """
         self._directory = directory
+        self._codec: Codec | None = None if compress else "raw"
         self._bodies: list[_Body] = []
 
-    def payload(self, stem: str, key: str, encoding: Encoding, codec: Codec | None = None) -> PayloadWriter:
+    def payload(
+        self, stem: str, key: str, encoding: Encoding, codec: Codec | None = None, *, ranked: bool = False
+    ) -> PayloadWriter:
         """Begin a payload in the current shard of *stem*.
 
         Args:
             stem: what the shard's file name begins with.
             key: the payload's name in the shard.
             encoding: what its bytes mean.
-            codec: how to store it; None takes the smaller, raw unless coding saves 3 %.
+            codec: how to store it; None takes the smaller, raw unless coding saves 3 %, where the writer compresses.
+            ranked: whether its records count the codes that are not 0 in the chunks before: those of the bits of a
+                sparse tensor do.
         """
-        return PayloadWriter(self._body(stem), key, encoding, codec, self._shard_number(stem))
+        body = self._body(stem)
+        return PayloadWriter(body, key, encoding, codec or self._codec, self._shard_number(stem), ranked=ranked)
 
-    def whole(self, stem: str, key: str, encoding: Encoding, numel: int, decoded: Bytes) -> Payload:
+    def whole(
+        self, stem: str, key: str, encoding: Encoding, numel: int, decoded: Bytes, *, ranked: bool = False
+    ) -> Payload:
         """Write a payload that is at hand as decoded bytes: into the pool if it is small."""
         if numel >= POOLED_NUMEL:
-            writer = self.payload(stem, key, encoding)
+            writer = self.payload(stem, key, encoding, ranked=ranked)
             width = encoding.width
             writer.append(decoded if width >= 8 else bits.unpack(decoded, numel, width))
             return writer.finish()
@@ -106,7 +120,7 @@ class ShardWriter:
         shards, written = [], {}
         for body in self._bodies:
             name = layout.shard_name(body.stem, body.number, counts[body.stem])
-            shard, file = _finish_body(body, self._directory / name)
+            shard, file = _finish_body(body, self._directory / name, self._codec)
             shards.append(shard)
             written[name] = file
         return tuple(shards), written
@@ -129,9 +143,12 @@ class ShardWriter:
 class PayloadWriter:
     """One payload: elements come in pieces of any size and leave in chunks."""
 
-    def __init__(self, body: _Body, key: str, encoding: Encoding, codec: Codec | None, shard: int) -> None:
+    def __init__(
+        self, body: _Body, key: str, encoding: Encoding, codec: Codec | None, shard: int, *, ranked: bool = False
+    ) -> None:
         self._body, self._key, self._encoding, self._shard = body, key, encoding, shard
         self._codec = codec
+        self._ranks = [0] if ranked else None  # of every chunk that was closed, and of the next one
         self._pending: list[Bytes] = []  # decoded chunks that wait for the choice of the codec
         self._buffer = np.empty(CHUNK_NUMEL * encoding.itemsize, np.uint8)
         self._filled = 0
@@ -164,12 +181,19 @@ class PayloadWriter:
         del self._body.records[self._at :]
 
     @property
+    def rank(self) -> int:
+        """Codes that are not 0 in the chunks closed so far, and in all once it is finished; 0 unless it is ranked."""
+        return self._ranks[-1] if self._ranks is not None else 0
+
+    @property
     def stored_nbytes(self) -> int:
         """Bytes of the chunks stored so far."""
         return self._end
 
     def _close_chunk(self) -> None:
         filled, self._filled = self._buffer[: self._filled], 0
+        if self._ranks is not None:
+            self._ranks.append(self._ranks[-1] + int(np.count_nonzero(filled)))
         chunk = bits.pack(filled, self._encoding.width) if self._encoding.width < 8 else filled.copy()
         if self._codec is not None:
             self._store(codecs.encode(self._codec, chunk, self._encoding.itemsize))
@@ -194,16 +218,22 @@ class PayloadWriter:
     def _store(self, stored: bytes) -> None:
         self._body.append(stored)
         self._end += len(stored)
-        rank = 0  # only payloads of `sparse` tensors count
+        rank = 0 if self._ranks is None else self._ranks[len(self._body.records) - self._at]
         self._body.records.append(
             xxhash.xxh3_128_digest(stored) + self._end.to_bytes(8, "little") + rank.to_bytes(8, "little")
         )
 
 
-def _finish_body(body: _Body, path: Path) -> tuple[Shard, Written]:
+def about_stored(decoded: Bytes, encoding: Encoding, numel: int) -> int:
+    """Bytes that a payload written `whole` takes, about: those of a pool are compressed together."""
+    codec: Codec = "planes-zstd" if encoding.is_float and numel >= POOLED_NUMEL else "zstd"
+    return min(decoded.size, len(codecs.encode(codec, decoded, encoding.itemsize)))
+
+
+def _finish_body(body: _Body, path: Path, codec: Codec | None) -> tuple[Shard, Written]:
     pool = None
     if body.pool:
-        writer = PayloadWriter(body, POOL_KEY, POOL, None, 0)
+        writer = PayloadWriter(body, POOL_KEY, POOL, codec, 0)
         writer.append(np.frombuffer(bytes(body.pool), np.uint8))
         placed = writer.finish()
         pool = Pool(nbytes=len(body.pool), codec="zstd" if placed.codec == "zstd" else "raw", at=placed.at)

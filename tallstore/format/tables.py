@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from tallstore.errors import FormatError, UnsupportedFeatureError
+from tallstore.errors import FormatError
 from tallstore.format import layout
 from tallstore.format.dtypes import CODED, chunk_count
 from tallstore.format.manifest import (
@@ -23,20 +23,18 @@ from tallstore.format.manifest import (
     BasedTensor,
     BaseTable,
     BaseTensor,
+    CodedTensor,
     DroppedTensor,
     ExtendedTensor,
     FileEntry,
     GroupEntry,
     GroupTable,
     Manifest,
-    MaskTensor,
     Payload,
     PrivateTensor,
-    SameCode,
     SameTensor,
-    ScaledCode,
     Shard,
-    SignedTensor,
+    Sparse,
     TaskEntry,
     TaskTable,
     Tensor,
@@ -45,12 +43,14 @@ from tallstore.format.manifest import (
 )
 from tallstore.format.payloads import (
     BaseTensors,
+    Coded,
     Shape,
     Stored,
     Vectors,
     base_tensors,
+    coded_part,
     group_payloads,
-    leading_shape,
+    group_vectors,
     task_payloads,
 )
 from tallstore.format.r13 import is_r13
@@ -175,8 +175,11 @@ def check_group(
         yield FormatError("TAB-8", where, f"has the {role} vector of {tensor!r} twice")
     if base is None:
         return
+    vectors = group_vectors(table)
     for vector in table.vectors:
         yield from _check_vector(vector, base.get(vector.tensor), _place(where, vector.tensor))
+        if vector.role == "merged_lo":
+            yield from _check_steps_agree(vector, vectors.get((vector.tensor, "merged")), _place(where, vector.tensor))
     yield from _check_payloads(list(group_payloads(table, base)), table.shards, where)
 
 
@@ -192,6 +195,13 @@ def _check_vector(vector: Vector, tensor: BaseTensor | None, where: str) -> Prob
         yield FormatError("TAB-6", where, f"its {vector.role} vector of {vector.dtype} {problem}")
 
 
+def _check_steps_agree(lower: Vector, upper: Vector | None, where: str) -> Problems:
+    if upper is None or upper.step is None or lower.step is None or upper.row_axes == lower.row_axes:
+        return
+    problem = f"its merged vector has steps over {upper.row_axes} axes, its merged_lo over {lower.row_axes}"
+    yield FormatError("TAB-7", where, problem)
+
+
 # --- tasks/<slug>/task.json -------------------------------------------------------------------------------------------
 
 
@@ -202,7 +212,7 @@ def check_task(
     vectors: Vectors | None,
     files: Mapping[str, FileEntry],
 ) -> Problems:
-    """MAN-4, MAN-5, PATH-1, LIM-1, VER-4, NUM-1, COD-4, IDX-2, and TAB-1 to TAB-8.
+    """MAN-4, MAN-5, PATH-1, LIM-1, NUM-1, COD-4, IDX-2, and TAB-1 to TAB-9.
 
     Args:
         table: the task's.
@@ -267,10 +277,7 @@ def _check_tensor(
 
 
 def _check_based(
-    tensor: MaskTensor | SignedTensor | SameTensor | ExtendedTensor,
-    source: BaseTensor,
-    vectors: Vectors | None,
-    where: str,
+    tensor: CodedTensor | SameTensor | ExtendedTensor, source: BaseTensor, vectors: Vectors | None, where: str
 ) -> Problems:
     if isinstance(tensor, ExtendedTensor):
         if not _extends(tensor, source):
@@ -279,15 +286,12 @@ def _check_based(
             )
             return
         yield from _check_null(tensor.further, tensor.shape[0] - tensor.rows, where)
-        yield from _check_dtypes(tensor, source, where, cast_only=isinstance(tensor.leading, SameCode))
-        if not isinstance(tensor.leading, SameCode):
-            yield from _check_code(tensor.leading, leading_shape(tensor), tensor.base_name, vectors, where)
-        return
-    if tensor.shape != source.shape:
+    elif tensor.shape != source.shape:
         yield FormatError("TAB-1", where, f"is {list(tensor.shape)}, the base's is {list(source.shape)}")
-    yield from _check_dtypes(tensor, source, where, cast_only=isinstance(tensor, SameTensor))
-    if not isinstance(tensor, SameTensor):
-        yield from _check_code(tensor, tensor.shape, tensor.base_name, vectors, where)
+    coded = coded_part(tensor)
+    yield from _check_dtypes(tensor, source, where, cast_only=coded is None)
+    if coded is not None:
+        yield from _check_code(coded, vectors, where)
 
 
 def _extends(tensor: ExtendedTensor, source: BaseTensor) -> bool:
@@ -306,25 +310,32 @@ def _check_dtypes(tensor: BasedTensor, source: BaseTensor, where: str, *, cast_o
         yield FormatError("TAB-1", where, f"cannot be {tensor.dtype} over a base tensor of {source.dtype}")
 
 
-def _check_code(code: ScaledCode, shape: Shape, base_name: str, vectors: Vectors | None, where: str) -> Problems:
-    if 0 in shape:
+def _check_code(coded: Coded, vectors: Vectors | None, where: str) -> Problems:
+    code = coded.code
+    if 0 in coded.shape:
         yield FormatError("TAB-1", where, "is coded, and has no elements")
     if (code.gain is None) is (code.gains is None):
         yield FormatError("TAB-7", where, "has either a gain or gains, not both and not neither")
     if code.gain is not None and not _is_r13(code.gain):
         yield FormatError("NUM-1", where, f"its gain {code.gain!r} is not an r13 number")
-    yield from _check_row_axes(code.row_axes, shape, where)
+    yield from _check_row_axes(code.row_axes, coded.shape, where)
+    if isinstance(code, Sparse):
+        yield from _check_sparse(code, coded.numel, where)
     if vectors is None:
         return
-    vector = vectors.get((base_name, "merged"))
-    if vector is None:
-        yield FormatError("TAB-5", where, f"its group has no merged vector for {base_name!r}")
-        return
-    if code.gains is not None and vector.step is not None and code.row_axes != vector.row_axes:
-        problem = f"has gains over {code.row_axes} axes, its merged vector has steps over {vector.row_axes}"
-        yield FormatError("TAB-7", where, problem)
-    if (base_name, "centre") in vectors:
-        yield UnsupportedFeatureError("VER-4", where, "its group has a centre, which this reader does not add")
+    for role in coded.roles:
+        vector = vectors.get((coded.base_name, role))
+        if vector is None:
+            yield FormatError("TAB-5", where, f"its group has no {role} vector for {coded.base_name!r}")
+        elif code.gains is not None and vector.step is not None and code.row_axes != vector.row_axes:
+            problem = f"has gains over {code.row_axes} axes, its {role} vector has steps over {vector.row_axes}"
+            yield FormatError("TAB-7", where, problem)
+
+
+def _check_sparse(code: Sparse, numel: int, where: str) -> Problems:
+    yield from _check_null(code.values, code.count, where)
+    if code.count > numel:
+        yield FormatError("TAB-9", where, f"says that {code.count} of its {numel} bits are set")
 
 
 def _is_r13(gain: float) -> bool:

@@ -22,13 +22,12 @@ from tallstore.format import layout
 from tallstore.format.dtypes import TensorSpec
 from tallstore.format.manifest import (
     BaseTable,
+    CodedTensor,
     ExtendedTensor,
     GroupEntry,
     GroupTable,
-    MaskTensor,
     SameCode,
     Scalar,
-    SignedTensor,
     TaskEntry,
     TaskTable,
     Tensor,
@@ -36,7 +35,7 @@ from tallstore.format.manifest import (
 )
 from tallstore.format.parsing import MAX_JSON_NBYTES, Table, is_newer_minor, parse, parse_manifest
 
-_CODED_KINDS = frozenset({"mask", "signed"})
+_CODED_KINDS = frozenset({"mask", "signed", "two-level", "sign", "sparse", "uniform"})
 _WHOLE_KIND = "private"
 _SAME_KIND = "same"
 _COMPANIONS = layout.companion_path("")  # their directory, as a prefix
@@ -310,10 +309,11 @@ class Tables:
     def is_fetched(self, task: TaskEntry) -> bool:
         """Whether all files of a task are here."""
         directory = layout.task_directory(task.slug)
-        return all(_is_regular(self._root / directory / name) for name in self._sizes.get(directory, ()))
+        folder = str(self._root / directory)  # joining hundreds of names takes pathlib longer than looking them up
+        return all(_is_regular(f"{folder}/{name}") for name in self._sizes.get(directory, ()))
 
 
-def _is_regular(path: Path) -> bool:
+def _is_regular(path: Path | str) -> bool:
     try:
         return stat.S_ISREG(os.lstat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -417,10 +417,8 @@ def _checkpoint_nbytes(table: TaskTable) -> int:
 
 
 def _coded_numel(tensor: Tensor) -> int:
-    match tensor:
-        case MaskTensor() | SignedTensor():
-            return math.prod(tensor.shape)
-        case ExtendedTensor() if not isinstance(tensor.leading, SameCode):
-            return tensor.rows * math.prod(tensor.shape[1:])
-        case _:
-            return 0
+    if isinstance(tensor, CodedTensor):
+        return math.prod(tensor.shape)
+    if isinstance(tensor, ExtendedTensor) and not isinstance(tensor.leading, SameCode):
+        return tensor.rows * math.prod(tensor.shape[1:])
+    return 0

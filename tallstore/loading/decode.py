@@ -1,4 +1,4 @@
-"""Bits to weights: the algebra of the specification, tile by tile on the CPU.
+"""Sides to weights: the algebra of the specification, tile by tile on the CPU.
 
 Results are the same on every machine and under every setting of torch: products and sums are separate operations of the
 width that the specification names, and flushing of subnormal numbers is off while they run.
@@ -10,79 +10,22 @@ import contextlib
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
-from typing import Final, Literal
+from typing import Final
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from tallstore.format import bits
-from tallstore.format.bits import Bytes
 from tallstore.format.dtypes import CHUNK_NUMEL
-from tallstore.format.encodings import LOG4_VALUES, SIGNED_VALUES
-from tallstore.format.manifest import SharedDtype
+from tallstore.loading.sides import SharedChunk, Sides
 
 _TILE_NUMEL: Final = 1 << 18  # what fits the caches, and makes the cost of a call small
 _SERIAL_NUMEL: Final = 1 << 15  # torch works on that many elements without its other threads
-_ALIGNED: Final = 8  # elements of 1, 2 and 4 bits begin a byte there
-_VIEWS: Final = {"I8": torch.int8, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _INTEGERS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SMALLEST_NORMAL: Final = sys.float_info.min
 
 
-@dataclass(frozen=True, slots=True)
-class CodedChunk:
-    """The decoded bytes of one chunk of a coded tensor.
-
-    Attributes:
-        sides: the task's bits (*width* 1) or signed fields (2).
-        width: bits an element of *sides*.
-        values: the shared vector's.
-        dtype: of *values*.
-    """
-
-    sides: Bytes
-    width: Literal[1, 2]
-    values: Bytes
-    dtype: SharedDtype
-
-
-@dataclass(frozen=True, slots=True)
-class RowScales:
-    """The scales of a tensor's rows.
-
-    Attributes:
-        scales: float32, one for the whole tensor or one a row.
-        row_length: elements of a row.
-    """
-
-    scales: NDArray[np.float32]
-    row_length: int
-
-    def multiply(self, elements: Tensor, start: int) -> None:
-        """Multiply *elements*, those from *start* on of the flat tensor, by their rows' scales, in place."""
-        if self.scales.size == 1:
-            elements.mul_(float(self.scales[0]))
-            return
-        done = 0
-        while done < elements.numel():
-            row, inside = divmod(start + done, self.row_length)
-            left = elements.numel() - done
-            whole = 0 if inside else left // self.row_length
-            if whole:
-                rows = elements[done : done + whole * self.row_length].view(whole, self.row_length)
-                rows.mul_(_tensor(self.scales[row : row + whole]).view(whole, 1))
-                done += whole * self.row_length
-            else:  # a row's end at the beginning, a row's beginning at the end
-                part = min(left, self.row_length - inside)
-                elements[done : done + part].mul_(float(self.scales[row]))
-                done += part
-
-
-def rebuild(destination: Tensor, base: Tensor, coded: CodedChunk, scales: RowScales, start: int) -> None:
+def rebuild(destination: Tensor, base: Tensor, sides: Sides, centre: SharedChunk | None, start: int) -> None:
     """Write elements [start, start + n) of a coded tensor, which lie in one chunk, to *destination*.
 
     Cost: a few tiles of scratch memory; the elements are read and written once.
@@ -90,17 +33,17 @@ def rebuild(destination: Tensor, base: Tensor, coded: CodedChunk, scales: RowSca
     Args:
         destination: [n], of the result's dtype.
         base: [n], float16, bfloat16, float32 or float64; read only.
-        coded: of the chunk that the elements lie in.
-        scales: of the tensor's rows.
+        sides: of the chunk that the elements lie in.
+        centre: of that chunk; None where the tensor has none.
         start: of the flat tensor.
     """
     offset = start % CHUNK_NUMEL
     with _ieee_arithmetic(base.numel()) as tile_numel:
         for first in range(0, base.numel(), tile_numel):
             last = min(first + tile_numel, base.numel())
-            delta = _signed_values(coded, offset + first, offset + last)
-            scales.multiply(delta, start + first)
-            _add(destination[first:last], base[first:last], delta)
+            place = (offset + first, offset + last, start + first)
+            moved = None if centre is None else centre.tile(*place)
+            _add(destination[first:last], base[first:last], sides.delta(*place), moved)
 
 
 def copy_cast(destination: Tensor, source: Tensor) -> None:
@@ -113,31 +56,18 @@ def copy_cast(destination: Tensor, source: Tensor) -> None:
             destination[first : first + tile_numel].copy_(_cast(source[first : first + tile_numel], destination.dtype))
 
 
-def _signed_values(coded: CodedChunk, first: int, last: int) -> Tensor:
-    """The chosen side's value of elements [first, last) of the chunk, 0 where it is absent: float32, in new memory."""
-    numel = last - first
-    begin = first // _ALIGNED * _ALIGNED
-    sides = coded.sides[begin * coded.width // 8 :]
-    if coded.width == 1:
-        chosen = np.unpackbits(sides[: bits.packed_nbytes(last - begin, 1)], count=last - begin, bitorder="little")
-    else:
-        chosen = bits.look_up(sides, last - begin, 2, SIGNED_VALUES, np.dtype(np.int8))
-    if coded.dtype == "LOG4":
-        looked_up = bits.look_up(coded.values[begin // 2 :], last - begin, 4, LOG4_VALUES, np.dtype(np.float32))
-        values = _tensor(looked_up[first - begin :])
-    else:
-        width = _VIEWS[coded.dtype].itemsize
-        values = _tensor(coded.values[first * width : last * width]).view(_VIEWS[coded.dtype])
-    product = torch.empty(numel, dtype=torch.float32, device="cpu")
-    return torch.mul(values, _tensor(chosen[first - begin :]), out=product)  # by 0, 1 or -1: exact
+def _add(destination: Tensor, base: Tensor, delta: Tensor, centre: Tensor | None) -> None:
+    """Write base + centre + delta, and the base alone where delta is 0.
 
-
-def _add(destination: Tensor, base: Tensor, delta: Tensor) -> None:
-    """Write base + delta, rounded to float32 (float64 over a float64 base) and cast; the base where delta is 0."""
+    Each sum is rounded to float32, over a float64 base to float64; the last one is cast.
+    """
+    moved = base
+    if centre is not None:  # a centre is finite: times 0, it is nothing
+        moved = torch.add(base, centre.mul_(torch.ne(delta, 0, out=torch.empty_like(delta))))
     if destination.dtype == torch.promote_types(base.dtype, torch.float32):
-        total = torch.add(base, delta, out=destination)
+        total = torch.add(moved, delta, out=destination)
     else:
-        total = torch.add(base, delta)
+        total = torch.add(moved, delta)
         destination.copy_(_cast(total, destination.dtype))
     if _zeros_may_count(base, total):
         kept = delta == 0
@@ -170,11 +100,6 @@ def _rounded_to_odd(elements: Tensor) -> Tensor:
     outward = nearest.abs() > elements.abs()
     pattern += moves.to(torch.int32) * (1 - 2 * outward.to(torch.int32))
     return single
-
-
-def _tensor(array: NDArray[np.generic]) -> Tensor:
-    """*array* as a tensor: in the same memory, unless it is read-only, which torch does not know."""
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 @contextlib.contextmanager

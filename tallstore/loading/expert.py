@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,28 +13,11 @@ from torch import Tensor
 from tallstore.checkpoints.torch_dtypes import TORCH_DTYPES
 from tallstore.format.bundle_files import BundleFiles, Task
 from tallstore.format.dtypes import CHUNK_NUMEL, TensorSpec
-from tallstore.format.manifest import (
-    ExtendedTensor,
-    MaskCode,
-    MaskTensor,
-    PrivateTensor,
-    SameCode,
-    SameTensor,
-    ScaledCode,
-    SharedDtype,
-    SignedTensor,
-)
-from tallstore.format.payloads import (
-    Shape,
-    Stored,
-    further_of,
-    leading_shape,
-    sides_of,
-    values_of,
-    vector_values_of,
-)
+from tallstore.format.manifest import BasedTensor, ExtendedTensor, PrivateTensor
+from tallstore.format.payloads import Stored, coded_part, further_of, leading_shape, values_of
 from tallstore.format.shard_reader import PayloadReader
-from tallstore.loading.decode import CodedChunk, RowScales, copy_cast, rebuild
+from tallstore.loading.coded import open_coded
+from tallstore.loading.decode import copy_cast
 from tallstore.loading.pinned_base import PinnedBase
 
 
@@ -126,46 +109,22 @@ class Expert:
         """The parts of a tensor that overlap [start, stop); a payload is not opened before its part is asked for."""
         tensor = self.task.tensor(name)
         numel = math.prod(tensor.shape)
-        match tensor:
-            case PrivateTensor():
-                if stop > start:
-                    yield _Section(0, numel, self._stored(values_of(tensor)))
-            case SameTensor():
-                yield _Section(0, numel, _Kept(self._base, tensor.base_name))
-            case MaskTensor() | SignedTensor():
-                if stop > start:
-                    yield _Section(0, numel, self._coded(tensor.name, tensor.base_name, tensor, tensor.shape))
-            case ExtendedTensor():
-                shape = leading_shape(tensor)
-                border = math.prod(shape)
-                if start < min(border, stop):
-                    leading = tensor.leading
-                    source: _Source = (
-                        _Kept(self._base, tensor.base_name)
-                        if isinstance(leading, SameCode)
-                        else self._coded(tensor.name, tensor.base_name, leading, shape)
-                    )
-                    yield _Section(0, border, source)
-                if max(border, start) < stop:
-                    yield _Section(border, numel, self._stored(further_of(tensor)))
+        if isinstance(tensor, PrivateTensor) and start < stop:
+            yield _Section(0, numel, self._stored(values_of(tensor)))
+        if not isinstance(tensor, BasedTensor):
+            return
+        border = math.prod(leading_shape(tensor)) if isinstance(tensor, ExtendedTensor) else numel
+        if start < min(border, stop):
+            coded = coded_part(tensor)
+            kept = _Kept(self._base, tensor.base_name)
+            yield _Section(0, border, kept if coded is None else open_coded(self._files, self.task, self._base, coded))
+        if isinstance(tensor, ExtendedTensor) and max(border, start) < stop:
+            yield _Section(border, numel, self._stored(further_of(tensor)))
 
     def _stored(self, stored: Stored | None) -> _Source:
         if stored is None:
             raise AssertionError("elements without a payload")  # the tables were checked (TAB-6)
         return _Stored(self._files.payload(self.task, stored))
-
-    def _coded(self, name: str, base_name: str, code: ScaledCode, shape: Shape) -> _Source:
-        vector = self.task.group.merged(base_name)
-        scales, row_length = self._files.scales(self.task, name, base_name, code, shape)
-        return _Coded(
-            self._base,
-            base_name,
-            self._files.payload(self.task, sides_of(name, code, shape)),
-            1 if isinstance(code, MaskCode | MaskTensor) else 2,
-            self._files.payload(self.task.group, vector_values_of(vector, self.task.base[base_name].shape)),
-            vector.dtype,
-            RowScales(scales, row_length),
-        )
 
 
 class _Source(Protocol):
@@ -206,24 +165,6 @@ class _Kept:
 
     def read(self, start: int, stop: int, destination: Tensor) -> None:
         copy_cast(destination, self.base.read(self.name, start, stop))
-
-
-@dataclass(frozen=True, slots=True)
-class _Coded:
-    """The base's elements, moved along the shared vector."""
-
-    base: PinnedBase
-    name: str
-    sides: PayloadReader
-    width: Literal[1, 2]
-    values: PayloadReader
-    dtype: SharedDtype
-    scales: RowScales
-
-    def read(self, start: int, stop: int, destination: Tensor) -> None:
-        index = start // CHUNK_NUMEL
-        coded = CodedChunk(self.sides.chunk(index), self.width, self.values.chunk(index), self.dtype)
-        rebuild(destination, self.base.read(self.name, start, stop), coded, self.scales, start)
 
 
 def _chunked(start: int, stop: int) -> Iterator[tuple[int, int]]:

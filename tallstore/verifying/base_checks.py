@@ -19,7 +19,7 @@ from tallstore.format.parsing import MAX_JSON_NBYTES
 from tallstore.format.payloads import BaseTensors
 from tallstore.format.safetensors_header import LENGTH_NBYTES, Entry, HeaderProblem, header_nbytes, parse_header
 from tallstore.format.shard_reader import LocalFile
-from tallstore.verifying.findings import Problems, attempt
+from tallstore.verifying.findings import OpenFile, Problems, attempt
 
 _SINGLE = f"{layout.BASE_DIRECTORY}/model.safetensors"
 _INDEX = f"{_SINGLE}.index.json"
@@ -38,7 +38,13 @@ class _Weights:
     complete: bool
 
 
-def check_base_files(tensors: BaseTensors, root: Path, listed: Iterable[str], places: Mapping[str, Path]) -> Problems:
+def check_base_files(
+    tensors: BaseTensors,
+    root: Path,
+    listed: Iterable[str],
+    places: Mapping[str, Path],
+    open_file: OpenFile = LocalFile,
+) -> Problems:
     """BASE-1, BASE-2, BASE-4, ST-1, ST-2: the embedded base is the one that base.json describes.
 
     Reads every byte of the tensors that base.json names; holds one chunk at a time.
@@ -48,10 +54,11 @@ def check_base_files(tensors: BaseTensors, root: Path, listed: Iterable[str], pl
         root: the bundle's directory.
         listed: the files of the base that the manifest lists.
         places: the files that are here.
+        open_file: opens one of them.
     """
     with contextlib.ExitStack() as files:
         index = yield from _find_index(root, set(listed), places)
-        weights = yield from _open(index, places, files)
+        weights = yield from _open(index, places, open_file, files)
         tied = _tied_names(tensors)
         for tensor in tensors.values():
             if tensor.alias_of is None:
@@ -59,14 +66,14 @@ def check_base_files(tensors: BaseTensors, root: Path, listed: Iterable[str], pl
 
 
 def _open(
-    index: Mapping[str, str] | None, places: Mapping[str, Path], files: contextlib.ExitStack
+    index: Mapping[str, str] | None, places: Mapping[str, Path], open_file: OpenFile, files: contextlib.ExitStack
 ) -> Generator[FormatError, None, _Weights]:
     """Open the files of an ordinary Hugging Face layout: those of the index, or the single one."""
     paths = [_SINGLE] if index is None else sorted(set(index.values()))
     tensors: dict[str, tuple[LocalFile, Entry]] = {}
     complete = bool(paths)
     for path in paths:
-        file = (yield from attempt(path, partial(LocalFile, places[path], path))) if path in places else None
+        file = (yield from attempt(path, partial(open_file, places[path], path))) if path in places else None
         entries = None
         if file is not None:
             files.callback(file.close)

@@ -30,8 +30,10 @@ from tallstore.format.manifest import (
 from tallstore.format.parsing import MAX_JSON_NBYTES, Table, is_newer_minor, own_sha256, parse, parse_manifest
 from tallstore.format.payloads import BaseTensors, Vectors, base_tensors, group_payloads, group_vectors, task_payloads
 from tallstore.format.tables import check_base, check_embedded_base, check_group, check_manifest, check_task
+from tallstore.meter import Meter, Progress
 from tallstore.verifying.base_checks import check_base_files
 from tallstore.verifying.findings import Problems, attempt, unreadable
+from tallstore.verifying.metered_file import MeteredFile
 from tallstore.verifying.shard_checks import OwnedShards, check_scales, check_shards
 
 _COMPANIONS = "files"
@@ -58,7 +60,7 @@ class Problem:
         return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], line)
 
 
-def verify(path: str | os.PathLike[str]) -> list[Problem]:
+def verify(path: str | os.PathLike[str], *, progress: Progress | None = None) -> list[Problem]:
     """Check every file of a bundle against every rule of the specification.
 
     Reads every byte twice: once for the sha256 of its file, once for what it means. A task none of whose files are here
@@ -66,6 +68,7 @@ def verify(path: str | os.PathLike[str]) -> list[Problem]:
 
     Args:
         path: the bundle's directory.
+        progress: called with bytes done and bytes in all, from several threads, one at a time.
 
     Returns:
         what was found, each once: the manifest's first, then the files', the base's, and group by group its own and its
@@ -75,7 +78,7 @@ def verify(path: str | os.PathLike[str]) -> list[Problem]:
         BundleNotFoundError: there is no bundle at *path*.
     """
     root = Path(path)
-    problems = (Problem(error.rule, error.where, error.problem) for error in _check(root))
+    problems = (Problem(error.rule, error.where, error.problem) for error in _check(root, progress))
     return list(dict.fromkeys(problems))
 
 
@@ -89,6 +92,7 @@ class _Bundle:
         files: what it lists, by path.
         places: the listed files that are here and plain files.
         absent: the listed paths where nothing is.
+        meter: of the bytes of *places*, to be read twice.
         referred: the paths that something in the bundle refers to; grows as tables are read.
         unread: the directories for which that is not known, since a table is not here or broken; grows likewise.
     """
@@ -98,26 +102,32 @@ class _Bundle:
     files: Mapping[str, FileEntry]
     places: Mapping[str, Path]
     absent: frozenset[str]
+    meter: Meter
     referred: set[str] = field(default_factory=set)
     unread: set[str] = field(default_factory=set)
 
+    def open_file(self, place: Path, where: str) -> MeteredFile:
+        """One of *places*, to be read."""
+        return MeteredFile(place, where, meter=self.meter)
 
-def _check(root: Path) -> Problems:
+
+def _check(root: Path, progress: Progress | None) -> Problems:
     raw = yield from attempt(layout.MANIFEST, partial(_read_manifest, root))
     manifest = None if raw is None else (yield from _parse_manifest(raw))
     if manifest is None:
         return  # it alone says what the other files are
     yield from check_manifest(manifest)
     yield from check_embedded_base(manifest)
-    bundle = yield from _find_files(root, manifest)
+    bundle = yield from _find_files(root, manifest, progress)
     hashing = ThreadPoolExecutor(_HASHING_THREADS)
     try:
-        hashed = hashing.map(_check_hashes, map(bundle.files.__getitem__, bundle.places), bundle.places.values())
+        hashed = hashing.map(partial(_check_hashes, bundle), bundle.places)
         contents = [*_check_contents(bundle)]
         for problems in hashed:
             yield from problems
     finally:
         hashing.shutdown(cancel_futures=True)
+    bundle.meter.end_phase()
     yield from _check_missing(bundle)
     yield from _check_referred(bundle)
     yield from _check_unlisted(bundle)
@@ -154,7 +164,7 @@ def _parse_manifest(raw: bytes) -> Generator[FormatError, None, Manifest | None]
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def _find_files(root: Path, manifest: Manifest) -> Generator[FormatError, None, _Bundle]:
+def _find_files(root: Path, manifest: Manifest, progress: Progress | None) -> Generator[FormatError, None, _Bundle]:
     """PATH-2: which of the listed files are here."""
     files = {file.path: file for file in manifest.files}
     places, absent = dict[str, Path](), set[str]()
@@ -167,16 +177,20 @@ def _find_files(root: Path, manifest: Manifest) -> Generator[FormatError, None, 
             yield error
         except OSError as error:
             yield unreadable(path, error)
-    return _Bundle(root, manifest, files, places, frozenset(absent))
+    meter = Meter(progress, [2 * sum(files[path].size for path in places)])
+    return _Bundle(root, manifest, files, places, frozenset(absent), meter)
 
 
-def _check_hashes(entry: FileEntry, place: Path) -> list[FormatError]:
+def _check_hashes(bundle: _Bundle, path: str) -> list[FormatError]:
     """FILE-1, FILE-2, FILE-5: one file against what the manifest says."""
+    entry, place = bundle.files[path], bundle.places[path]
     try:
         size = place.stat().st_size
         if size != entry.size:
             return [IntegrityError("FILE-1", entry.path, f"has {size} bytes, the manifest says {entry.size}")]
-        written = hash_file(place)
+        written = hash_file(place, bundle.meter.advance)
+    except ConnectionError:  # a broken pipe: who showed the progress went away
+        raise
     except OSError as error:
         return [unreadable(entry.path, error)]
     if written.sha256 != entry.sha256:
@@ -241,7 +255,7 @@ def _check_contents(bundle: _Bundle) -> Problems:
         embedded = [path for path in bundle.files if _directory(path) == layout.BASE_DIRECTORY]
         bundle.referred.update(embedded)
         if base is not None and embedded:
-            yield from check_base_files(base, bundle.root, embedded, bundle.places)
+            yield from check_base_files(base, bundle.root, embedded, bundle.places, bundle.open_file)
     tasks = defaultdict[str, list[TaskEntry]](list)
     for task in bundle.manifest.tasks:
         tasks[task.group].append(task)
@@ -262,7 +276,7 @@ def _check_group(bundle: _Bundle, entry: GroupEntry, tasks: Iterable[TaskEntry],
             yield from _check_task(bundle, task, base, None)
         return
     yield from check_group(table, entry, base, bundle.files)
-    with closing(OwnedShards(directory, table.shards, bundle.places)) as shared:
+    with closing(OwnedShards(directory, table.shards, bundle.places, bundle.open_file)) as shared:
         bundle.referred.update(shared.paths)
         payloads = list(group_payloads(table, base or {}))
         known = all(vector.tensor in (base or {}) for vector in table.vectors)
@@ -289,7 +303,7 @@ def _check_task(bundle: _Bundle, entry: TaskEntry, base: BaseTensors | None, gro
         return
     yield from check_task(table, entry, base, group.vectors if group else None, bundle.files)
     bundle.referred.update(layout.companion_path(file.sha256) for file in table.files)
-    with closing(OwnedShards(directory, table.shards, bundle.places)) as owned:
+    with closing(OwnedShards(directory, table.shards, bundle.places, bundle.open_file)) as owned:
         bundle.referred.update(owned.paths)
         payloads = list(task_payloads(table))
         # Extended rows that do not fit (TAB-4) leave further rows of no size; some sizes are over the limit (LIM-1).

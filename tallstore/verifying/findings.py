@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 from tallstore.errors import FormatError
+from tallstore.format.shard_reader import LocalFile
 
 Problems = Iterator[FormatError]
+OpenFile = Callable[[Path, str], LocalFile]  # of a path, and of what messages call it
 Result = TypeVar("Result")
 
 
@@ -25,6 +28,8 @@ def attempt(where: str, action: Callable[[], Result]) -> Generator[FormatError, 
         return action()
     except FormatError as error:
         yield error
+    except ConnectionError:  # a broken pipe: who showed the progress went away
+        raise
     except OSError as error:
         yield unreadable(where, error)
     return None

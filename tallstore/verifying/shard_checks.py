@@ -20,33 +20,27 @@ from tallstore.format import layout
 from tallstore.format.dtypes import CHUNK_NUMEL, chunk_count, chunk_span
 from tallstore.format.encodings import POOL
 from tallstore.format.manifest import (
-    BasedTensor,
-    ExtendedTensor,
-    MaskTensor,
     Payload,
     Pool,
-    SameCode,
-    ScaledCode,
     Shard,
-    SignedTensor,
     TaskTable,
-    Tensor,
     Vector,
 )
 from tallstore.format.payloads import (
     BaseTensors,
+    Coded,
     Shape,
     Stored,
     Vectors,
+    coded_part,
     gains_of,
-    leading_shape,
     row_count,
     vector_step_of,
 )
 from tallstore.format.r13 import in_range, row_scales
 from tallstore.format.shard_reader import LocalFile, PayloadReader, ShardReader
 from tallstore.format.shards import POOL_KEY
-from tallstore.verifying.findings import Problems, attempt
+from tallstore.verifying.findings import OpenFile, Problems, attempt
 
 _MAX_OPEN_SHARDS = 8
 # What the checks of the tables have reported already, before any shard was opened.
@@ -56,15 +50,22 @@ _RULES_OF_TABLES = frozenset({"TAB-6", "COD-4"})
 class OwnedShards:
     """The shards of a group or a task that are here, opened when they are needed, and only a few at a time."""
 
-    def __init__(self, directory: str, shards: tuple[Shard, ...], places: Mapping[str, Path]) -> None:
+    def __init__(
+        self,
+        directory: str,
+        shards: tuple[Shard, ...],
+        places: Mapping[str, Path],
+        open_file: OpenFile = LocalFile,
+    ) -> None:
         """Open nothing yet.
 
         Args:
             directory: of the shards, in the bundle.
             shards: as payloads number them.
             places: the files that are here, by path.
+            open_file: opens one of them.
         """
-        self.shards = shards
+        self.shards, self._open_file = shards, open_file
         self.paths = tuple(f"{directory}/{shard.file}" for shard in shards)
         self._places = places
         self._open = OrderedDict[int, tuple[LocalFile, ShardReader]]()
@@ -82,7 +83,7 @@ class OwnedShards:
         """
         if number not in self._open:
             path = self.paths[number]
-            file = LocalFile(self._places[path], path)
+            file = self._open_file(self._places[path], path)
             try:
                 self._open[number] = file, ShardReader(file, self.shards[number])
             except BaseException:
@@ -103,7 +104,7 @@ class OwnedShards:
         number = stored.payload.shard
         if number >= len(self.shards) or not self.is_here(number):
             return None
-        return self.reader(number).payload(stored.key, stored.payload, stored.encoding, stored.numel)
+        return self.reader(number).payload(stored.key, stored.payload, stored.encoding, stored.numel, stored.set_count)
 
     def close(self) -> None:
         """Close what is open."""
@@ -171,7 +172,7 @@ def _check_records(reader: ShardReader, members: list[Stored], pool: Pool | None
 def _check_members(reader: ShardReader, members: list[Stored]) -> Problems:
     for stored in sorted(members, key=attrgetter("payload.at")):  # so that the pool is read from end to end
         try:
-            payload = reader.payload(stored.key, stored.payload, stored.encoding, stored.numel)
+            payload = reader.payload(stored.key, stored.payload, stored.encoding, stored.numel, stored.set_count)
         except FormatError as error:
             if error.rule not in _RULES_OF_TABLES:
                 yield error
@@ -243,45 +244,34 @@ def check_scales(
         owned: the task's shards.
         shared: the group's shards.
     """
-    for tensor in table.tensors:
-        code, shape = _coded(tensor)
-        if not isinstance(tensor, BasedTensor) or code is None:
-            continue
-        vector, source = vectors.get((tensor.base_name, "merged")), base.get(tensor.base_name)
-        if vector is None or source is None or not _rows_agree(code, shape, vector, source.shape):
-            continue
-        step, gains = vector_step_of(vector, source.shape), gains_of(tensor.name, code, shape)
-        try:
-            steps = shared.payload(step) if step is not None else None
-            by_row = owned.payload(gains) if gains is not None else None
-            if steps is not None and _exceeds(code, by_row, steps, row_count(shape, vector.row_axes)):
-                problem = "a row's gain times its step is above 2^60"
-                where = f"{layout.task_table(table.slug)}, tensor {tensor.name[:200]!r}"
-                yield FormatError("NUM-3", where, problem)
-        except (FormatError, OSError):
-            continue
+    for coded in filter(None, map(coded_part, table.tensors)):
+        gains, source = gains_of(coded), base.get(coded.base_name)
+        for role in coded.roles:
+            vector = vectors.get((coded.base_name, role))
+            if vector is None or source is None or not _rows_agree(coded, vector, source.shape):
+                continue
+            step = vector_step_of(vector, source.shape)
+            try:
+                steps = shared.payload(step) if step is not None else None
+                by_row = owned.payload(gains) if gains is not None else None
+                if steps is not None and _exceeds(coded, by_row, steps, row_count(coded.shape, vector.row_axes)):
+                    problem = "a row's gain times its step is above 2^60"
+                    where = f"{layout.task_table(table.slug)}, tensor {coded.name[:200]!r}"
+                    yield FormatError("NUM-3", where, problem)
+            except (FormatError, OSError):
+                continue
 
 
-def _coded(tensor: Tensor) -> tuple[ScaledCode | None, Shape]:
-    """How a tensor, or its leading rows, are coded, and the shape of what is."""
-    match tensor:
-        case MaskTensor() | SignedTensor():
-            return tensor, tensor.shape
-        case ExtendedTensor() if not isinstance(tensor.leading, SameCode):
-            return tensor.leading, leading_shape(tensor)
-        case _:
-            return None, ()
-
-
-def _rows_agree(code: ScaledCode, shape: Shape, vector: Vector, whole: Shape) -> bool:
-    """Whether the rows of *shape* are the first ones of the base tensor's, and gains and steps count the same rows."""
-    same_axes = code.gains is None or code.row_axes == vector.row_axes
+def _rows_agree(coded: Coded, vector: Vector, whole: Shape) -> bool:
+    """Whether the coded rows are the first ones of the base tensor's, and gains and steps count the same rows."""
+    shape = coded.shape
+    same_axes = coded.code.gains is None or coded.code.row_axes == vector.row_axes
     return same_axes and len(shape) == len(whole) and shape[1:] == whole[1:] and shape[:1] <= whole[:1]
 
 
-def _exceeds(code: ScaledCode, gains: PayloadReader | None, steps: PayloadReader, rows: int) -> bool:
+def _exceeds(coded: Coded, gains: PayloadReader | None, steps: PayloadReader, rows: int) -> bool:
     with np.errstate(over="ignore"):
-        one = np.array([code.gain or 0.0], np.float32)
+        one = np.array([coded.code.gain or 0.0], np.float32)
     for index in range(chunk_count(rows)):
         first, last = chunk_span(rows, index)
         some = one if gains is None else gains.chunk(index).view("<f4")

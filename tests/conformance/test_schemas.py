@@ -34,7 +34,17 @@ def test_valid_tables_follow_their_schema(vector):
 
 
 # What a hash, or another table, must agree with is nothing that a schema can see.
-SEEN = ["json-3-dtype", "json-3-kind", "json-3-missing", "json-3-negative", "json-3-sha256", "json-3-string"]
+SEEN = [
+    *("json-3-dtype", "json-3-kind", "json-3-missing", "json-3-negative", "json-3-sha256", "json-3-string"),
+    *(
+        "json-3-levels",
+        "json-3-levels-missing",
+        "json-3-leading-levels",
+        "json-3-leading-kind",
+        "json-3-count-negative",
+    ),
+    *("json-3-values-dtype", "json-3-centre-dtype", "ver-3-levels", "ver-3-leading"),
+]
 
 
 @pytest.mark.parametrize("name", SEEN)

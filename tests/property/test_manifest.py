@@ -19,7 +19,11 @@ from tallstore.format.manifest import (
     MaskTensor,
     Payload,
     PrivateTensor,
+    SignTensor,
+    SparseTensor,
     TaskTable,
+    TwoLevelTensor,
+    UniformTensor,
 )
 from tallstore.format.parsing import parse, parse_manifest, serialise
 
@@ -31,9 +35,20 @@ FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 PAYLOADS = st.builds(
     Payload, shard=NATURALS, codec=st.sampled_from(["raw", "zstd", "planes-zstd", "pooled"]), at=NATURALS
 )
+WHOLE = {"name": NAMES, "dtype": DTYPES, "shape": SHAPES}
+CODED = WHOLE | {"gain": st.none() | FLOATS, "gains": st.none() | PAYLOADS, "row_axes": st.integers(0, 16)}
 TENSORS = st.one_of(
-    st.builds(MaskTensor, name=NAMES, dtype=DTYPES, shape=SHAPES, gain=st.none() | FLOATS, bits=PAYLOADS),
-    st.builds(PrivateTensor, name=NAMES, dtype=DTYPES, shape=SHAPES, values=st.none() | PAYLOADS),
+    *(st.builds(kind, **CODED, bits=PAYLOADS) for kind in (MaskTensor, TwoLevelTensor, SignTensor)),
+    st.builds(
+        SparseTensor,
+        **CODED,
+        bits=PAYLOADS,
+        count=NATURALS,
+        values_dtype=st.sampled_from(["F16", "BF16", "F32"]),
+        values=st.none() | PAYLOADS,
+    ),
+    st.builds(UniformTensor, **CODED, fields=PAYLOADS, levels=st.sampled_from([3, 4, 8, 16])),
+    st.builds(PrivateTensor, **WHOLE, values=st.none() | PAYLOADS),
 )
 TASKS = st.builds(
     TaskTable,

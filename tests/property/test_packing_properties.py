@@ -9,21 +9,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tallstore import SignedMask, TallMask
+from tallstore import Emr, LeastSquares, Localize, Sign, SignedMask, TallMask, Uniform
 from tallstore.fit.ties import trim_threshold
 from tests import fit_reference
 from tests.packing_cases import assert_same, contents, normal, pack
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+GAINS, SCALES = st.sampled_from(["one", "least-squares", "published"]), st.sampled_from(["tensor", "row"])
 METHODS = st.one_of(
-    st.floats(0, 3).map(SignedMask),
-    st.builds(
-        TallMask,
-        st.floats(0, 2),
-        merge=st.sampled_from(["sum", "ties", "mean"]),
-        gain=st.sampled_from(["one", "published"]),
-    ),
+    st.builds(SignedMask, st.floats(0, 3), SCALES, GAINS),
+    st.builds(TallMask, st.floats(0, 2), st.sampled_from(["sum", "ties", "mean"]), GAINS, st.booleans()),
+    st.builds(Emr, GAINS),
+    st.builds(LeastSquares, st.sampled_from([1, 2]), SCALES, GAINS),
+    st.builds(Sign, SCALES, GAINS),
+    st.builds(Sign, SCALES, st.sampled_from(["one", "least-squares"]), st.just(value=True)),
+    st.builds(Uniform, st.sampled_from([3, 4, 8, 16]), SCALES, GAINS, st.none(), st.booleans()),
+    st.builds(Localize, st.floats(0.001, 1), st.none(), GAINS, st.sampled_from(["float16", "bfloat16", "float32"])),
 )
+CODED = {"mask", "signed", "two-level", "sign", "sparse", "uniform"}
 SHAPES = st.one_of(
     st.just(()),
     st.tuples(st.sampled_from([0, 1, 13, 4095, 4096, 5003])),
@@ -78,11 +81,11 @@ def test_what_is_not_coded_is_bit_exact_and_what_is_has_its_gain(model, method):
             for name, tensor in expert.items():
                 found, kind = state[name], kinds[name]
                 assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
-                rows = min(base[name].shape[0], tensor.shape[0]) if kind == "extended" else None
-                coded = kind in {"mask", "signed"} or (
-                    kind == "extended" and packed.entry(task, name).leading.__struct_config__.tag != "same"
-                )
-                if not coded:
+                rows = None
+                if kind == "extended":
+                    rows = min(base[name].shape[0], tensor.shape[0])
+                    kind = packed.entry(task, name).leading.__struct_config__.tag
+                if kind not in CODED:
                     assert_same({name: found}, {name: tensor})
                     continue
                 if rows is not None:

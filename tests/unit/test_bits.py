@@ -54,7 +54,7 @@ def test_packing_leaves_its_input_alone():
     assert codes.tolist() == [3, 2, 1, 0]
 
 
-@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("width", [1, 2, 4])
 @pytest.mark.parametrize("dtype", ["i1", "u1", "f2", "i2", "f4", "f8"])
 def test_look_up_gives_the_value_of_every_field_of_every_byte(width, dtype):
     values = tuple(range(-3, (1 << width) - 3)) if dtype[0] != "u" else tuple(range(1 << width))
@@ -95,6 +95,20 @@ def test_has_code_three_finds_it_in_every_field(field, code):
     packed = np.full(100, 0b01_10_01_10, np.uint8)
     packed[57] = packed[57] & ~np.uint8(3 << 2 * field) | np.uint8(code << 2 * field)
     assert bits.has_code_three(packed) is (code == 3)
+
+
+@pytest.mark.parametrize("field", range(2))
+@pytest.mark.parametrize("code", range(16))
+def test_has_code_above_seven_finds_it_in_every_field(field, code):
+    packed = np.full(100, 0x77, np.uint8)
+    packed[57] = packed[57] & ~np.uint8(15 << 4 * field) | np.uint8(code << 4 * field)
+    assert bits.has_code_above_seven(packed) is (code > 7)
+
+
+def test_set_count_counts_every_bit_of_every_byte():
+    assert bits.set_count(as_bytes()) == 0
+    for byte in range(256):
+        assert bits.set_count(as_bytes(byte, 0x81)) == byte.bit_count() + 2
 
 
 def test_has_code_three_does_not_join_neighbouring_fields():

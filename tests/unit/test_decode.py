@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -17,8 +17,10 @@ from tallstore.format import bits
 from tallstore.format.dtypes import CHUNK_NUMEL
 from tallstore.format.payloads import row_count
 from tallstore.loading import decode
-from tallstore.loading.decode import CodedChunk, RowScales, copy_cast, rebuild
+from tallstore.loading.decode import copy_cast, rebuild
+from tallstore.loading.sides import MaskSides, RowScales, SharedChunk, Sides, SignedSides
 from tests import reference
+from tests.number_cases import base_patterns, numbers_for, specials
 from tests.reference import same_bits
 
 BASES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -27,35 +29,8 @@ SHAPES = [(), (13,), (7, 5), (2, 3, 2, 2)]
 R13 = [1.0, -0.75, 0.0, 2.0**-60, 2.0**60, 1 + 2.0**-12, -(1 + 4095 * 2.0**-12), 2.0**-9]
 
 
-def specials(dtype: torch.dtype) -> list[int]:
-    """Zeros, the ends of the subnormal and normal numbers, infinities, NaNs with payloads; each with both signs."""
-    form = reference.FLOATS[reference.NAMES[dtype]]
-    fraction = 1 << (form.precision - 1)
-    positive = [
-        0,
-        1,
-        fraction - 1,
-        fraction,
-        form.infinity - 1,
-        form.infinity,
-        form.infinity + 1,
-        form.infinity + fraction // 2,
-    ]
-    return [sign << (form.nbits - 1) | pattern for pattern in positive for sign in (0, 1)]
-
-
-def base_patterns(random: np.random.Generator, dtype: torch.dtype, count: int) -> list[int]:
-    """Bit patterns over the whole exponent range, specials in between."""
-    drawn = random.integers(0, 1 << 8 * dtype.itemsize, count, dtype=np.uint64).tolist()
-    return [
-        special if random.random() < 0.3 else pattern
-        for pattern, special in zip(drawn, itertools.cycle(specials(dtype)), strict=False)
-    ]
-
-
-def coded(shared: str, numbers: np.ndarray, sides: np.ndarray, width: int) -> tuple[CodedChunk, list[float]]:
-    """A chunk of *numbers* (codes, or values to be rounded) and *sides*, and the values as the reference takes them."""
-    units = np.where(sides < 0, 2, sides).astype(np.uint8)
+def vector(shared: str, numbers: np.ndarray) -> tuple[np.ndarray, list[float]]:
+    """Bytes of *numbers* (codes, or values to be rounded), and the values as the reference takes them."""
     if shared == "LOG4":
         raw, values = bits.pack(numbers.astype(np.uint8), 4), [reference.log4(code) for code in numbers.tolist()]
     elif shared == "I8":
@@ -63,20 +38,17 @@ def coded(shared: str, numbers: np.ndarray, sides: np.ndarray, width: int) -> tu
     else:
         stored = torch.from_numpy(numbers.astype(np.float32)).to(TORCH_DTYPES[shared])
         raw, values = stored.view(torch.uint8).numpy(), stored.tolist()
-    return CodedChunk(bits.pack(units, width), width, raw, shared), values
+    return raw, values
 
 
-def numbers_for(shared: str, random: np.random.Generator, base: torch.Tensor) -> np.ndarray:
-    """Codes, or values near the base's own magnitudes, so that sums cancel, tie and overflow."""
-    if shared == "LOG4":
-        return random.integers(0, 16, base.numel())
-    if shared == "I8":
-        return random.integers(-127, 128, base.numel())
-    near = np.nan_to_num(base.view(-1).double().numpy()) * random.choice([-1, 0.5, -0.99951171875, 0], base.numel())
-    largest = 65504 if shared == "F16" else 2.0**127
-    # A float16 has nothing under 2^-24, which stands for the 2^-60 of the wider ones here.
-    smallest = 2.0**-24 if shared == "F16" else 2.0**-60
-    return np.where(np.abs(near) < smallest, 0, np.clip(near, -largest, largest))
+def coded(
+    shared: str, numbers: np.ndarray, sides: np.ndarray, width: int
+) -> tuple[Callable[[RowScales], Sides], list[float]]:
+    """A mask (*width* 1) or signed mask of *sides* over *numbers*, for any scales, and the reference's values."""
+    units = bits.pack(np.where(sides < 0, 2, sides).astype(np.uint8), width)
+    raw, values = vector(shared, numbers)
+    kind = MaskSides if width == 1 else SignedSides
+    return lambda scales: kind(units, SharedChunk(raw, shared, scales)), values
 
 
 def finite_sides(random: np.random.Generator, base: torch.Tensor, width: int) -> np.ndarray:
@@ -98,7 +70,7 @@ def test_rebuilt_tensors_are_the_references_bit_for_bit(shape, dtype, shared, wi
         chunk, values = coded(shared, numbers_for(shared, random, base), sides, width)
         scales = random.choice([scale for scale in R13 if abs(scale) < 2.0**59], rows)
         rebuilt = torch.empty(shape, dtype=dtype)
-        rebuild(rebuilt.view(-1), base.view(-1), chunk, RowScales(scales.astype(np.float32), numel // rows), 0)
+        rebuild(rebuilt.view(-1), base.view(-1), chunk(RowScales(scales.astype(np.float32), numel // rows)), None, 0)
         assert same_bits(rebuilt, reference.rebuild(base, sides.tolist(), values, scales.tolist()))
 
 
@@ -118,7 +90,7 @@ def test_any_base_any_value_any_result(data, dtype, result, width):
     sides[(base.isnan() | base.isinf() & torch.from_numpy(overflows)).numpy()] = 0  # a sum that is NaN has any payload
     chunk, known = coded("F32", numbers, sides, width)
     rebuilt = torch.empty(count, dtype=result)
-    rebuild(rebuilt, base, chunk, RowScales(np.array([scale], np.float32), count), 0)
+    rebuild(rebuilt, base, chunk(RowScales(np.array([scale], np.float32), count)), None, 0)
     expected = reference.rebuild(base, sides.tolist(), known, [scale], result)
     assert torch.equal(rebuilt.isnan(), base.isnan())
     exact = ~base.isnan() | torch.tensor(dtype == result)  # so has a NaN that is cast
@@ -145,7 +117,7 @@ def test_a_range_in_tiles_is_the_same_as_the_whole_at_once(rows, span, tile, sha
     part = torch.empty(stop - start)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(decode, "_TILE_NUMEL", tile)
-        rebuild(part, base[start:stop], chunk, RowScales(scales.astype(np.float32), row_length), start)
+        rebuild(part, base[start:stop], chunk(RowScales(scales.astype(np.float32), row_length)), None, start)
     whole = reference.rebuild(base, sides.tolist(), values, scales.tolist())
     assert same_bits(part, whole[start:stop])
 
@@ -158,7 +130,7 @@ def test_a_range_of_a_later_chunk_reads_its_own_bits_and_rows():
     sides, numbers = random.integers(0, 2, 5 + count), random.integers(-127, 128, 5 + count)
     chunk, values = coded("I8", numbers, sides, 1)
     rebuilt = torch.empty(count)
-    rebuild(rebuilt, base, chunk, RowScales(np.array([1, 2, 4, 8], np.float32), row_length), start)
+    rebuild(rebuilt, base, chunk(RowScales(np.array([1, 2, 4, 8], np.float32), row_length)), None, start)
     scales = [float(1 << (start + i) // row_length) for i in range(count)]
     expected = [
         reference.element(pattern, side, value, scale, base_dtype="F32", result_dtype="F32")
@@ -178,7 +150,7 @@ def test_absent_and_zero_deltas_keep_every_bit_of_the_base():
         for scale in (1.0, -1.0, 0.0):
             chunk, _ = coded("F32", np.zeros(len(patterns)), sides, 1)
             rebuilt = torch.empty_like(base)
-            rebuild(rebuilt, base, chunk, RowScales(np.array([scale], np.float32), len(patterns)), 0)
+            rebuild(rebuilt, base, chunk(RowScales(np.array([scale], np.float32), len(patterns))), None, 0)
             assert same_bits(rebuilt, base)
 
 
@@ -188,7 +160,7 @@ def test_the_product_is_rounded_before_the_sum():
     base = torch.tensor([-(1 + 2.0**-12 + 2.0**-23)])
     chunk, _ = coded("F32", np.array([value]), np.array([1]), 1)
     rebuilt = torch.empty(1)
-    rebuild(rebuilt, base, chunk, RowScales(np.array([scale], np.float32), 1), 0)
+    rebuild(rebuilt, base, chunk(RowScales(np.array([scale], np.float32), 1)), None, 0)
     assert rebuilt.item() == 0.0
     assert value * scale + base.item() != 0.0
 
@@ -223,19 +195,19 @@ def test_a_copy_in_the_same_dtype_keeps_every_bit():
         assert same_bits(copy, source)
 
 
-def subnormal_case(count: int) -> tuple[torch.Tensor, CodedChunk, RowScales]:
+def subnormal_case(count: int) -> tuple[torch.Tensor, Sides]:
     """Elements whose sum is subnormal: the smallest delta there is, and a base that all but cancels it."""
     base = torch.full((count,), -(2.0**-120) * (1 - 2.0**-20))
     chunk, _ = coded("F32", np.full(count, 2.0**-60), np.ones(count, np.int64), 1)
-    return base, chunk, RowScales(np.array([2.0**-60], np.float32), count)
+    return base, chunk(RowScales(np.array([2.0**-60], np.float32), count))
 
 
 @pytest.mark.parametrize("count", [13, 3 * (1 << 18)], ids=["small", "parallel"])
 def test_flushing_of_subnormals_changes_nothing(count):
     """Set in this thread, and inherited by the threads that torch started for it; the setting stays as it was."""
-    base, chunk, scales = subnormal_case(count)
+    base, sides = subnormal_case(count)
     expected = torch.empty_like(base)
-    rebuild(expected, base, chunk, scales, 0)
+    rebuild(expected, base, sides, None, 0)
     assert torch.equal(expected, torch.full((count,), 2.0**-140))
     rebuilt, cast = torch.empty_like(base), torch.empty(count, dtype=torch.bfloat16)
     tiny = torch.full((count,), 2.0**-130, dtype=torch.float64)
@@ -245,7 +217,7 @@ def test_flushing_of_subnormals_changes_nothing(count):
         torch.set_flush_denormal(True)
         try:
             torch.mul(base, base)  # starts torch's threads, which inherit the setting
-            rebuild(rebuilt, base, chunk, scales, 0)
+            rebuild(rebuilt, base, sides, None, 0)
             copy_cast(cast, tiny)
             still_on.append(tiny[:1].float().item() == 0.0)
         finally:
@@ -265,11 +237,11 @@ def test_default_dtype_and_device_change_nothing():
     chunk, _ = coded("LOG4", random.integers(0, 16, 100), random.integers(-1, 2, 100), 2)
     scales = RowScales(np.full(10, 0.125, np.float32), 10)
     expected, rebuilt = torch.empty_like(base), torch.empty_like(base)
-    rebuild(expected, base, chunk, scales, 0)
+    rebuild(expected, base, chunk(scales), None, 0)
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
-            rebuild(rebuilt, base, chunk, scales, 0)
+            rebuild(rebuilt, base, chunk(scales), None, 0)
     finally:
         torch.set_default_dtype(torch.float32)
     assert same_bits(rebuilt, expected)
@@ -279,7 +251,7 @@ def test_read_only_bytes_are_taken_without_a_warning():
     """zstd gives bytes that cannot be written to."""
     base = torch.zeros(8)
     values = np.frombuffer(bytes(range(8)), np.uint8)
-    chunk = CodedChunk(np.frombuffer(b"\xff", np.uint8), 1, values, "I8")
+    merged = SharedChunk(values, "I8", RowScales(np.array([0.5], np.float32), 8))
     rebuilt = torch.empty(8)
-    rebuild(rebuilt, base, chunk, RowScales(np.array([0.5], np.float32), 8), 0)
+    rebuild(rebuilt, base, MaskSides(np.frombuffer(b"\xff", np.uint8), merged), None, 0)
     assert rebuilt.tolist() == [code / 2 for code in range(8)]

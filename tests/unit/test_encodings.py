@@ -9,7 +9,20 @@ import pytest
 
 from tallstore.errors import FormatError
 from tallstore.format.dtypes import CODED, DTYPES
-from tallstore.format.encodings import BITS, GAINS, LOG4_VALUES, POOL, SHARED, SIGNED, SIGNED_VALUES, STEPS, WHOLE
+from tallstore.format.encodings import (
+    BITS,
+    GAINS,
+    LOG4_VALUES,
+    POOL,
+    SHARED,
+    SIGN_VALUES,
+    SIGNED,
+    SIGNED_VALUES,
+    STEPS,
+    UNIFORM,
+    UNIFORM_VALUES,
+    WHOLE,
+)
 
 SMALLEST = 2.0**-60
 
@@ -52,6 +65,15 @@ def test_signed_values_are_absent_plus_minus():
     assert SIGNED_VALUES[:3] == (0, 1, -1)
 
 
+def test_sign_and_uniform_values_are_equally_far_apart_around_0():
+    assert SIGN_VALUES == (-1.0, 1.0)
+    assert UNIFORM_VALUES[3][:3] == (-1.0, 0.0, 1.0)
+    for levels in (4, 8, 16):
+        assert UNIFORM_VALUES[levels][:levels] == tuple(code - (levels - 1) / 2 for code in range(levels))
+    for levels, values in UNIFORM_VALUES.items():
+        assert len(values) == 1 << UNIFORM[levels].width
+
+
 @pytest.mark.parametrize(
     ("encoding", "numel", "nbytes"),
     [
@@ -78,7 +100,7 @@ def test_every_dtype_can_be_stored_whole():
         assert encoding.is_float == (name in CODED)
 
 
-@pytest.mark.parametrize("encoding", [BITS, SIGNED, SHARED["LOG4"]])
+@pytest.mark.parametrize("encoding", [BITS, SIGNED, SHARED["LOG4"], UNIFORM[3], UNIFORM[4], UNIFORM[16]])
 def test_set_padding_bits_are_refused(encoding):
     last_byte = as_bytes(0x80)
     assert rule_broken(encoding, last_byte, 8 // encoding.width) is None
@@ -88,6 +110,22 @@ def test_set_padding_bits_are_refused(encoding):
 def test_code_three_of_signed_fields_is_refused():
     assert rule_broken(SIGNED, as_bytes(0b10_01_00_10), 4) is None
     assert rule_broken(SIGNED, as_bytes(0b10_11_00_10), 4) == "FIELD-1"
+
+
+@pytest.mark.parametrize(("levels", "refused"), [(3, {3}), (4, set()), (8, {*range(8, 16)}), (16, set())])
+def test_codes_of_no_level_are_refused(levels, refused):
+    encoding = UNIFORM[levels]
+    for code in range(1 << encoding.width):
+        for field in range(8 // encoding.width):
+            chunk = np.zeros(50, np.uint8)
+            chunk[31] = code << encoding.width * field
+            numel = 50 * 8 // encoding.width
+            assert rule_broken(encoding, chunk, numel) == ("FIELD-1" if code in refused else None)
+
+
+def test_padding_of_eight_levels_is_padding():
+    assert rule_broken(UNIFORM[8], as_bytes(0x77), 2) is None
+    assert rule_broken(UNIFORM[8], as_bytes(0x10), 1) == "BIT-1"
 
 
 def test_minus_128_is_refused():

@@ -102,6 +102,22 @@ def test_a_codec_that_is_asked_for_is_taken(tmp_path):
     assert payload_writer.finish().codec == "raw"
 
 
+def test_a_writer_that_does_not_compress_stores_payloads_and_pool_raw_but_for_a_codec_that_is_asked_for(tmp_path):
+    writer = ShardWriter(tmp_path, compress=False)
+    zeros = np.zeros(5000, np.uint8)
+    large, small = (writer.whole("private", f"values/{n}", WHOLE["U8"], n, zeros[:n]) for n in (5000, 4000))
+    asked = writer.payload("private", "values/asked", WHOLE["U8"], "zstd")
+    asked.append(zeros)
+    assert (large.codec, small.codec, asked.finish().codec) == ("raw", "pooled", "zstd")
+    (shard,), _ = writer.finish()
+    assert shard.pool is not None
+    assert (shard.pool.codec, shard.pool.nbytes) == ("raw", 4000)
+    reader = opened(tmp_path / shard.file, shard)
+    for payload, numel in ((large, 5000), (small, 4000)):
+        stored = reader.payload(f"values/{numel}", payload, WHOLE["U8"], numel)
+        assert stored.all().tobytes() == zeros[:numel].tobytes()
+
+
 @pytest.mark.parametrize(("encoding", "values"), [(BITS, 2), (SIGNED, 3), (SHARED["LOG4"], 16)])
 @pytest.mark.parametrize("numel", [10, 5000])
 def test_packed_fields_that_are_at_hand_round_trip(tmp_path, encoding, values, numel):

@@ -553,10 +553,10 @@ def test_links_and_other_things_in_the_place_of_files_are_refused(bundle):
 
 
 def test_a_file_that_the_system_cannot_read_is_a_problem(bundle, monkeypatch):
-    def hash_all_but_one(path):
+    def hash_all_but_one(path, advance):
         if path.name == "base.json":
             raise PermissionError(13, "Permission denied")
-        return hash_file(path)
+        return hash_file(path, advance)
 
     def read(self, start, stop):
         if "mnist" in self.where and start:
