@@ -44,27 +44,35 @@ if TYPE_CHECKING:
         UnsupportedFeatureError,
         UnsupportedVersionError,
     )
-    from tallstore.fit import SignedMask, TallMask
+    from tallstore.fit import Emr, LeastSquares, Localize, Sign, SignedMask, TallMask, Uniform
+    from tallstore.inspecting.statistics import Statistics
     from tallstore.loading.bundle import Bundle, open_bundle
     from tallstore.loading.model_weights import LoadResult
-    from tallstore.packing import PackReport, pack
+    from tallstore.packing import Comparison, PackReport, compare, pack
+    from tallstore.tuning import Calibration, train_masks
     from tallstore.verifying import Problem, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdapterCheckpointError",
+    "Auto",
     "BaseError",
     "BaseMismatchError",
     "BaseMissingError",
     "Bundle",
     "BundleNotFoundError",
+    "Calibration",
     "CheckpointNotFoundError",
+    "Comparison",
     "DamagedCheckpointError",
+    "Emr",
     "FormatError",
     "InputError",
     "IntegrityError",
+    "LeastSquares",
     "LoadResult",
+    "Localize",
     "MissingExtraError",
     "NameMismatchError",
     "NonFiniteError",
@@ -77,18 +85,23 @@ __all__ = [
     "PackReport",
     "Problem",
     "QuantizedCheckpointError",
+    "Sign",
     "SignedMask",
+    "Statistics",
     "TallMask",
     "TallstoreError",
     "TooFewExpertsError",
+    "Uniform",
     "UnknownNameError",
     "UnknownTaskError",
     "UnknownTensorError",
     "UnsafeCheckpointError",
     "UnsupportedFeatureError",
     "UnsupportedVersionError",
+    "compare",
     "open_bundle",
     "pack",
+    "train_masks",
     "verify",
 ]
 
@@ -98,10 +111,16 @@ _HOMES: Final = {
     "Bundle": "tallstore.loading.bundle",
     "open_bundle": "tallstore.loading.bundle",
     "LoadResult": "tallstore.loading.model_weights",
-    "SignedMask": "tallstore.fit",
-    "TallMask": "tallstore.fit",
+    "Statistics": "tallstore.inspecting.statistics",
+    **dict.fromkeys(
+        ("Auto", "Emr", "LeastSquares", "Localize", "Sign", "SignedMask", "TallMask", "Uniform"), "tallstore.fit"
+    ),
+    "Comparison": "tallstore.packing",
     "PackReport": "tallstore.packing",
+    "compare": "tallstore.packing",
     "pack": "tallstore.packing",
+    "Calibration": "tallstore.tuning",
+    "train_masks": "tallstore.tuning",
     "Problem": "tallstore.verifying",
     "verify": "tallstore.verifying",
 }

@@ -1,31 +1,33 @@
-"""`export`: one expert of a bundle as a Hugging Face directory, its own companion files beside its weights."""
+"""`export`: experts of a bundle as Hugging Face directories, their own companion files beside their weights."""
 
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from tallstore import files
+from tallstore.caller_warnings import warn
 from tallstore.checkpoints import writer as checkpoint_writer
+from tallstore.checkpoints.companion_names import SUFFIXES, is_companion
+from tallstore.checkpoints.torch_dtypes import DTYPE_NAMES
 from tallstore.checkpoints.writer import MAX_SHARD_NBYTES
 from tallstore.errors import IntegrityError, NotFetchedError, OutputExistsError, OutputInsideInputError
 from tallstore.format import layout
-from tallstore.format.bundle_files import BundleFiles
+from tallstore.format.bundle_files import BundleFiles, Task
 from tallstore.format.dtypes import CHUNK_NUMEL, TensorSpec
 from tallstore.format.manifest import CompanionFile
 from tallstore.loading.bundle import Bundle
-from tallstore.packing.companions import SUFFIXES
+from tallstore.meter import Meter, Progress
+from tallstore.packing.companions import companions, is_pickle, reading
 
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
-
-_INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _SHOWN_NAMES = 3
+_PIECE_NUMEL = 8 * CHUNK_NUMEL  # rebuilt and written at a time: large tensors need no more memory than others
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,10 @@ class Exported:
     nbytes: int
     weights: tuple[str, ...]
     companions: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON types."""
+        return asdict(self) | {"path": str(self.path)}
 
 
 def export(
@@ -73,7 +79,7 @@ def export(
         progress: called with bytes of tensors done, and in all.
 
     Cost:
-        One tensor in memory at a time; each is rebuilt and written once.
+        Memory for 2^23 elements, whatever the tensors' sizes; each is rebuilt and written once.
 
     Raises:
         UnknownTaskError: *task* is not in the bundle.
@@ -82,31 +88,134 @@ def export(
         IntegrityError: bytes of the bundle are not the ones that were written.
         BaseError: the base is missing, or another one.
     """
-    # The tables once more: what each tensor is must be known before the first of them is rebuilt.
-    opened = BundleFiles(bundle.path).task(task)
-    specs = {name: TensorSpec(tensor.dtype, tensor.shape) for name, tensor in opened.tensors.items()}
+    target = Path(out)
+    expert = BundleFiles(bundle.path).task(task)
+    _check_output(target, (bundle.path, *map(Path, inputs)), overwrite=overwrite)
+    return _write(bundle, expert, target, max_shard_nbytes, _meter([expert], progress))
+
+
+def export_all(
+    bundle: Bundle,
+    out: str | os.PathLike[str],
+    *,
+    max_shard_nbytes: int = MAX_SHARD_NBYTES,
+    overwrite: bool = False,
+    inputs: Sequence[str | os.PathLike[str]] = (),
+    progress: Progress | None = None,
+) -> tuple[Exported, ...]:
+    """Write every expert of a bundle, each to the directory of its slug in *out*, one after the other.
+
+    Nothing is written unless all tasks are here and all directories are free. Then each directory appears in one step;
+    on an error, and on Ctrl-C, those that were finished stay.
+
+    Args:
+        bundle: the bundle, with its base.
+        out: the directory of directories; what else is in it is left alone.
+        max_shard_nbytes: as of `export`.
+        overwrite: replace earlier exports in those directories.
+        inputs: as of `export`.
+        progress: called with bytes of tensors done, and in all, over all experts.
+
+    Returns:
+        what was written, in the order of the bundle's tasks.
+
+    Raises:
+        NotFetchedError: some tasks' files are not here.
+        OutputError, IntegrityError, BaseError: as `export`.
+    """
+    entries = bundle.manifest.tasks
+    absent = [entry.name for entry in entries if not bundle.is_fetched(entry.name)]
+    if absent:
+        count = f"{len(absent)} of {len(entries)} tasks were not fetched"
+        raise NotFetchedError(f"{bundle.path}: {count} ({_listed(absent)}); fetch them, or export the others by name")
+    targets = [Path(out) / entry.slug for entry in entries]
+    for target in targets:
+        _check_output(target, (bundle.path, *map(Path, inputs)), overwrite=overwrite)
+    tables = BundleFiles(bundle.path)
+    experts = [tables.task(entry.name) for entry in entries]
+    meter = _meter(experts, progress)
+    return tuple(
+        _write(bundle, expert, target, max_shard_nbytes, meter) for expert, target in zip(experts, targets, strict=True)
+    )
+
+
+def export_merged(
+    bundle: Bundle,
+    weights: Mapping[str, torch.Tensor],
+    out: str | os.PathLike[str],
+    *,
+    name: str = "merged",
+    max_shard_nbytes: int = MAX_SHARD_NBYTES,
+    overwrite: bool = False,
+    inputs: Sequence[str | os.PathLike[str]] = (),
+) -> Exported:
+    """Write one merged model to *out*, as `Bundle.consensus` or `Bundle.stitch` gave it, with the base's own files.
+
+    Args:
+        bundle: that it was merged from, for the base's config and tokenizer.
+        weights: by name.
+        out: the directory; it appears in one step, complete.
+        name: of the result, for the report.
+        max_shard_nbytes: as of `export`.
+        overwrite: replace an earlier export that is at *out*.
+        inputs: as of `export`.
+
+    Raises:
+        OutputError, BaseError: as `export`.
+    """
     target = Path(out)
     _check_output(target, (bundle.path, *map(Path, inputs)), overwrite=overwrite)
-    total = sum(spec.nbytes for spec in specs.values())
-    done = 0
+    specs = {key: TensorSpec(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in weights.items()}
+
+    def read(key: str) -> Iterator[bytes]:
+        yield from _pieces(weights[key])
+
+    carried = companions(bundle.base_directory)
+    with files.staged_directory(target) as staged, files.writing(Path(os.path.realpath(target))):
+        written = checkpoint_writer.write_checkpoint(staged, specs, read, max_shard_nbytes=max_shard_nbytes)
+        nbytes = sum(file.size for file in written.values())
+        for file, source in carried.items():
+            (staged / file).parent.mkdir(parents=True, exist_ok=True)
+            with reading(source, "the base"):
+                nbytes += files.write_file(staged / file, source).size
+    return Exported(name, target, len(specs), nbytes, tuple(written), tuple(carried))
+
+
+def _pieces(tensor: torch.Tensor) -> Iterator[bytes]:
+    """The little-endian bytes of a tensor."""
+    raw = tensor.reshape(-1).view(torch.uint8).numpy()
+    for start in range(0, raw.size, CHUNK_NUMEL):
+        yield raw[start : start + CHUNK_NUMEL].tobytes()
+
+
+def _meter(experts: Iterable[Task], progress: Progress | None) -> Meter:
+    """Of the bytes of all tensors of *experts*, a phase each."""
+    return Meter(progress, [sum(spec.nbytes for spec in _specs(expert).values()) for expert in experts] or [0])
+
+
+def _specs(expert: Task) -> dict[str, TensorSpec]:
+    """What each tensor is, which must be known before the first of them is rebuilt."""
+    return {name: TensorSpec(tensor.dtype, tensor.shape) for name, tensor in expert.tensors.items()}
+
+
+def _write(bundle: Bundle, expert: Task, target: Path, max_shard_nbytes: int, meter: Meter) -> Exported:
+    """Write one expert to the directory *target*, which is free."""
+    task = expert.entry.name
+    specs = _specs(expert)
 
     def read(name: str) -> Iterator[bytes]:
-        nonlocal done
-        raw = bundle.tensor(task, name).reshape(-1).view(torch.uint8).numpy()
-        for start in range(0, raw.size, CHUNK_NUMEL):
-            piece = raw[start : start + CHUNK_NUMEL].tobytes()
-            yield piece
-            done += len(piece)
-            if progress is not None:
-                progress(done, total)
+        numel = specs[name].numel
+        for start in range(0, numel, _PIECE_NUMEL):
+            part = bundle._range(task, name, start, min(start + _PIECE_NUMEL, numel))  # noqa: SLF001 - this package's
+            yield part.view(torch.uint8).numpy().tobytes()
+            meter.advance(part.nbytes)
 
-    if progress is not None:
-        progress(done, total)
     with files.staged_directory(target) as staged, files.writing(Path(os.path.realpath(target))):
         weights = checkpoint_writer.write_checkpoint(staged, specs, read, max_shard_nbytes=max_shard_nbytes)
-        carried = [file for file in opened.table.files if _may_be_carried(file.name)]
+        carried = [file for file in expert.table.files if _may_be_carried(bundle.path, file)]
         for file in carried:
             _copy_companion(bundle.path, task, file, staged)
+    meter.end_phase()
     return Exported(
         task=task,
         path=target,
@@ -117,16 +226,15 @@ def export(
     )
 
 
-def _may_be_carried(name: str) -> bool:
-    """Whether a companion file is plain data: a bundle from elsewhere brings no code, and no other weights."""
-    if _is_companion_of_an_export(name):
-        return True
-    warnings.warn(f"left out the companion file {name!r}: it is none of {', '.join(sorted(SUFFIXES))}", stacklevel=3)
-    return False
-
-
-def _is_companion_of_an_export(name: str) -> bool:
-    return PurePosixPath(name).suffix in SUFFIXES and not name.lower().endswith(_INDEX_SUFFIXES)
+def _may_be_carried(root: Path, file: CompanionFile) -> bool:
+    """Whether a companion file is plain data: a bundle from elsewhere brings no code, no pickles, no other weights."""
+    if not is_companion(file.name):
+        warn(f"left out the companion file {file.name!r}: it is none of {', '.join(sorted(SUFFIXES))}")
+        return False
+    if is_pickle(root / layout.companion_path(file.sha256)):
+        warn(f"left out the companion file {file.name!r}: it is a pickle or an archive by its content")
+        return False
+    return True
 
 
 def _copy_companion(root: Path, task: str, file: CompanionFile, staged: Path) -> None:
@@ -160,11 +268,14 @@ def _check_output(target: Path, inputs: Sequence[Path], *, overwrite: bool) -> N
         raise OutputExistsError(f"{target}: is a file; choose another place")
     foreign = _foreign_files(target)
     if foreign:
-        more = f" and {len(foreign) - _SHOWN_NAMES} more" if len(foreign) > _SHOWN_NAMES else ""
-        listed = ", ".join(foreign[:_SHOWN_NAMES]) + more
-        raise OutputExistsError(f"{target}: holds what no export wrote ({listed}); choose another place")
+        raise OutputExistsError(f"{target}: holds what no export wrote ({_listed(foreign)}); choose another place")
     if any(target.iterdir()) and not overwrite:
         raise OutputExistsError(f"{target}: is there already; choose another place, or give overwrite=True")
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+    return ", ".join(names[:_SHOWN_NAMES]) + more
 
 
 def _foreign_files(directory: Path) -> list[str]:
@@ -172,7 +283,7 @@ def _foreign_files(directory: Path) -> list[str]:
     names = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir())
     if not any(name in _WEIGHTS for name in names):
         return names
-    return [name for name in names if not _is_companion_of_an_export(name) and not _is_weight_file(name)]
+    return [name for name in names if not is_companion(name) and not _is_weight_file(name)]
 
 
 def _is_weight_file(name: str) -> bool:

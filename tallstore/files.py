@@ -13,7 +13,7 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,13 +67,15 @@ def write_stream(path: Path, size: int, pieces: Iterable[bytes]) -> Written:
     return Written(size, sha256.hexdigest(), sha1.hexdigest())
 
 
-def hash_file(path: Path) -> Written:
-    """Size and hashes of the file at *path*, read once."""
+def hash_file(path: Path, advance: Callable[[int], None] | None = None) -> Written:
+    """Size and hashes of the file at *path*, read once; *advance* is told the bytes of each piece."""
     size = path.stat().st_size
     sha256, sha1 = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     for piece in _pieces((path,)):
         sha256.update(piece)
         sha1.update(piece)
+        if advance is not None:
+            advance(len(piece))
     return Written(size, sha256.hexdigest(), sha1.hexdigest())
 
 

@@ -14,15 +14,51 @@ import torch
 from torch import Tensor
 
 import tallstore
+from tallstore import Emr, LeastSquares, Localize, Sign, SignedMask, TallMask, Uniform
+from tallstore.fit import Method
 from tallstore.format import bits
 from tallstore.format.bundle_files import BundleFiles
-from tallstore.format.manifest import ExtendedTensor, GroupTable, TaskTable
+from tallstore.format.manifest import GroupTable, Role, TaskTable
 from tallstore.format.parsing import parse
-from tallstore.format.payloads import leading_shape, sides_of, vector_step_of, vector_values_of
+from tallstore.format.payloads import (
+    Coded,
+    coded_part,
+    gains_of,
+    sides_of,
+    sparse_values_of,
+    vector_step_of,
+    vector_values_of,
+)
 from tallstore.packing import shared_vector, stack
+from tests.fit_reference import LOG4
 from tests.reference import same_bits
 
 Model = dict[str, Tensor]
+
+#: One method of every sort.
+METHODS: dict[str, Method] = {
+    "signed": SignedMask(),
+    "signed rows": SignedMask(scale="row"),
+    "tall": TallMask(),
+    "tall normalised": TallMask(0.6, normalise=True),
+    "tall ties": TallMask.published(),
+    "tall mean": TallMask(merge="mean"),
+    "emr": Emr(),
+    "emr published": Emr("published"),
+    "least squares": LeastSquares(),
+    "two levels": LeastSquares(2),
+    "sign": Sign(),
+    "sign rows": Sign("row"),
+    "sign centred": Sign(centre=True),
+    "ternary": Uniform(3),
+    "uniform": Uniform(4),
+    "uniform tensors": Uniform(8, "tensor"),
+    "uniform centred": Uniform(16, centre=True),
+    "localize": Localize(0.1),
+}
+#: Those that code an expert of its own; the others merge two or more.
+SINGLE = {"sign", "sign rows", "ternary", "uniform", "uniform tensors", "localize"}
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I8": torch.int8, "LOG4": torch.uint8}
 
 
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -31,10 +67,10 @@ def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
 
 
 def base_model(dtype: torch.dtype = torch.float32) -> Model:
-    """Tensors of one to four dimensions, and what is not coded."""
+    """Tensors of one to four dimensions, with rows, and with too short ones; and what is not coded."""
     return {
         "block.kernel": normal(13, 8, 3, 17, seed=1).to(dtype),
-        "block.weight": normal(70, 63, seed=2).to(dtype),
+        "block.weight": normal(70, 65, seed=2).to(dtype),
         "embed.weight": normal(300, 20, seed=3).to(dtype),
         "norm.weight": normal(5003, seed=4).to(dtype),
         "head.bias": normal(7, seed=5).to(dtype),
@@ -95,31 +131,62 @@ class Packed:
         """Kind by tensor name."""
         return {tensor.name: tensor.__struct_config__.tag for tensor in self.tables[task].tensors}
 
-    def sides(self, task: str, name: str) -> Tensor:
-        """What a task's tensor chose, in the shape of its coded rows: 1, -1 or 0. int8."""
-        entry = self.entry(task, name)
-        code, shape = entry, entry.shape
-        if isinstance(entry, ExtendedTensor):
-            code, shape = entry.leading, leading_shape(entry)
-        stored = sides_of(name, code, shape)
+    def codes(self, task: str, name: str) -> Tensor:
+        """The codes of a task's tensor, in the shape of its coded rows: bits or fields. uint8."""
+        coded = self._coded(task, name)
+        stored = sides_of(coded)
         raw = self.files.payload(self.files.task(task), stored).all()
-        codes = bits.unpack(raw, stored.numel, stored.encoding.width)
-        return torch.tensor([0, 1, -1], dtype=torch.int8)[torch.from_numpy(codes).long()].view(shape)
+        return torch.from_numpy(bits.unpack(raw, stored.numel, stored.encoding.width)).view(coded.shape)
 
-    def shared(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """Codes of the merged vector of a base tensor, in its shape, and its steps."""
+    def sides(self, task: str, name: str) -> Tensor:
+        """What a task's mask or signed mask chose, in the shape of its coded rows: 1, -1 or 0. int8."""
+        return torch.tensor([0, 1, -1], dtype=torch.int8)[self.codes(task, name).long()]
+
+    def gains(self, task: str, name: str) -> Tensor:
+        """The gains of a task's tensor: one, or one a row. float32."""
+        coded = self._coded(task, name)
+        stored = gains_of(coded)
+        if stored is None:
+            return torch.tensor([coded.code.gain], dtype=torch.float32)
+        return torch.from_numpy(self.files.payload(self.files.task(task), stored).all().view(np.float32).copy())
+
+    def values(self, task: str, name: str) -> Tensor:
+        """The values of a sparse tensor, in the dtype that they are stored in."""
+        coded = self._coded(task, name)
+        stored = sparse_values_of(coded)
+        dtype = _DTYPES[coded.code.values_dtype]
+        if stored is None:
+            return torch.empty(0, dtype=dtype)
+        return torch.from_numpy(self.files.payload(self.files.task(task), stored).all().copy()).view(dtype)
+
+    def shared(self, name: str, role: Role = "merged") -> tuple[Tensor, Tensor | None]:
+        """Codes of a shared vector of a base tensor, in its shape, and its steps."""
         group = self.files.group("g0001")
-        vector, shape = group.merged(name), self.files.base[name].shape
-        stored = vector_values_of(vector, shape)
-        raw = self.files.payload(group, stored).all()
+        vector, shape = group.vector(name, role), self.files.base[name].shape
+        raw = self.files.payload(group, vector_values_of(vector, shape)).all()
         if vector.dtype == "LOG4":
             raw = bits.unpack(raw, math.prod(shape), 4)
-        views = {"LOG4": torch.uint8, "I8": torch.int8, "F16": torch.float16, "BF16": torch.bfloat16}
-        codes = torch.from_numpy(raw.copy()).view(views.get(vector.dtype, torch.float32)).view(shape)
+        codes = torch.from_numpy(raw.copy()).view(_DTYPES[vector.dtype]).view(shape)
         step = vector_step_of(vector, shape)
         if step is None:
             return codes, None
         return codes, torch.from_numpy(self.files.payload(group, step).all().view(np.float32).copy())
+
+    def stored(self, name: str) -> dict[Role, Tensor]:
+        """Every shared vector of a base tensor as a reader sees it at gain one, by role: float32, of its shape."""
+        found: dict[Role, Tensor] = {}
+        for tensor, role in self.files.group("g0001").vectors:
+            if tensor == name:
+                codes, steps = self.shared(name, role)
+                values = torch.from_numpy(LOG4)[codes.long()] if codes.dtype == torch.uint8 else codes
+                values = values.float()
+                found[role] = values if steps is None else (values.view(len(steps), -1) * steps[:, None]).view_as(codes)
+        return found
+
+    def _coded(self, task: str, name: str) -> Coded:
+        coded = coded_part(self.entry(task, name))
+        assert coded is not None, (task, name)
+        return coded
 
     def whole(self, task: str) -> dict[str, str]:
         """Why tensors were stored whole, by name, as the report says."""

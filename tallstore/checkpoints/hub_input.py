@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tallstore.checkpoints.checkpoint import HubRef
+from tallstore.checkpoints.companion_names import DOWNLOAD_PATTERNS
 from tallstore.checkpoints.directory import STANDARD_FILES, shard_names
 from tallstore.checkpoints.refusals import refuse_by_config
 from tallstore.errors import CheckpointNotFoundError, InputError
@@ -15,9 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _HUB_ID: Final = re.compile(r"(?P<repo_id>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w./-]+))?")
-
-_COMPANIONS: Final = ("*.json", "*.txt", "*.model", "*.jinja")
-"""Configuration, tokenizer, labels, and the indices of shards."""
 
 
 def match_hub_id(text: str) -> re.Match[str] | None:
@@ -39,7 +37,7 @@ def download(repo_id: str, revision: str | None, token: str | None) -> tuple[Pat
         InputError: the Hub cannot be reached and the cache has not everything, or access is refused.
     """
     where = f"{repo_id}@{revision}" if revision else repo_id
-    directory = _snapshot(where, repo_id, revision, token, _COMPANIONS)
+    directory = _snapshot(where, repo_id, revision, token, DOWNLOAD_PATTERNS)
     refuse_by_config(where, directory)
     ref = HubRef(repo_id, directory.name)  # the cache keeps a snapshot in a directory of its commit's name
     names = _weight_names(where, directory, _file_names(ref, token, directory))

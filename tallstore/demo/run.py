@@ -68,8 +68,8 @@ class DemoReport:
         base_nbytes: the base's checkpoint.
         experts_nbytes: the experts' checkpoints together.
         bundle_nbytes: the bundle, the base embedded in it.
-        task_nbytes: what one task adds to the bundle, the mean of all.
-        seconds: how long each of the stages took: training, packing, loading.
+        task_nbytes: what the last task adds: the bundle's size less that of one packed without this task.
+        seconds: how long each of the stages took: training, packing, loading, weighing.
     """
 
     scores: tuple[TaskScore, ...]
@@ -87,10 +87,10 @@ class DemoReport:
 
     def scores_table(self) -> Table:
         """Return the scores, a row a task."""
-        table = Table(title="Accuracy on held-out images", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("task", no_wrap=True)
-        for heading in ("trained", "from the bundle", "agreement", "cosine"):
-            table.add_column(heading, justify="right", min_width=6)
+        table = _table("Accuracy on held-out images")
+        table.add_column("task", overflow="fold")
+        for heading in ("expert", "from the bundle", "agreement", "cosine"):
+            table.add_column(heading, justify="right", min_width=6, overflow="fold")
         for score in self.scores:
             shares = (f"{share:.1%}" for share in (score.trained, score.bundled, score.agreement))
             table.add_row(score.name, *shares, "-" if score.cosine is None else f"{score.cosine:.3f}")
@@ -99,15 +99,14 @@ class DemoReport:
     def sizes_table(self) -> Table:
         """Return the sizes on disk."""
         count = len(self.scores)
-        table = Table(
-            title="Size on disk", title_justify="left", show_header=False, box=box.SIMPLE_HEAD, pad_edge=False
-        )
+        table = _table("Size on disk", show_header=False)
         table.add_column()
         table.add_column(justify="right", no_wrap=True)
-        table.add_row(f"the base and {count} experts", decimal(self.base_nbytes + self.experts_nbytes))
-        table.add_row("one bundle of them all", f"{decimal(self.bundle_nbytes)}, {self.ratio:.1f} times smaller")
+        table.add_column()
+        table.add_row(f"the base and {count} experts", decimal(self.base_nbytes + self.experts_nbytes), "")
+        table.add_row("one bundle of them all", decimal(self.bundle_nbytes), f"{self.ratio:.1f} times smaller")
         share = self.experts_nbytes / count / self.task_nbytes
-        table.add_row("one more task", f"{decimal(self.task_nbytes)}, 1/{share:.0f} of a checkpoint")
+        table.add_row("one more task", decimal(self.task_nbytes), f"1/{share:.0f} of a checkpoint")
         return table
 
 
@@ -159,13 +158,21 @@ def run_demo(
         )
     clock.lap("loading")
 
+    # What a task costs is more than its own files: the shared vectors, the configurations and the manifest change too.
+    last = tasks[-1].name
+    others = {name: path for name, path in paths.items() if name != last}
+    without = pack(checkpoints / "base", others, bundle_path, embed_base=True, overwrite=True, dry_run=True)
+    clock.lap("weighing")
+    say(f"packed the {len(others)} without {last}, to see what one more costs")
+
+    bundle_nbytes = _nbytes(bundle_path)
     return DemoReport(
         scores=scores,
         bundle=bundle_path,
         base_nbytes=_nbytes(checkpoints / "base"),
         experts_nbytes=sum(_nbytes(path) for path in paths.values()),
-        bundle_nbytes=_nbytes(bundle_path),
-        task_nbytes=_nbytes(bundle_path / "tasks") // len(tasks),
+        bundle_nbytes=bundle_nbytes,
+        task_nbytes=bundle_nbytes - without.bundle_nbytes,
         seconds=clock.seconds,
     )
 
@@ -184,16 +191,38 @@ def main(out: Path, *, seed: int = 0, console: Console | None = None, progress: 
         report = run_demo(out, seed=seed, say=lambda line: progress.print(line, style="dim", highlight=False))
     progress.print()
     console.print(report.scores_table())
+    console.print()
     console.print(report.sizes_table())
-    program, bundle, name = _program(), shlex.quote(str(report.bundle)), report.scores[0].name
-    console.print("\nTry next:")
-    for command in (
-        f"{program} inspect {bundle}",
-        f"{program} verify {bundle}",
-        f"{program} export {bundle} {name} --out {shlex.quote(str(out / name))}",
-    ):
+    last = report.scores[-1].name
+    console.print(f"one more task: this bundle's size less that of one packed without {last}", style="dim")
+    console.print(f"\nDone in {sum(report.seconds.values()):.0f} s. The bundle stays here; try next:")
+    for command in commands_to_try(report):
         console.print(f"  {command}", style="bold", markup=False, highlight=False, soft_wrap=True)
     return report
+
+
+def commands_to_try(report: DemoReport) -> tuple[str, ...]:
+    """Return commands for the shell that the demo was called from: what is in the bundle, is it whole, get one back."""
+    program, bundle, name = _program(), shlex.quote(str(report.bundle)), report.scores[0].name
+    export = report.bundle.parent / name
+    again = " --overwrite" if export.exists() else ""
+    return (
+        f"{program} inspect {bundle}",
+        f"{program} verify {bundle}",
+        f"{program} export {bundle} {name} --out {shlex.quote(str(export))}{again}",
+    )
+
+
+def _table(title: str, *, show_header: bool = True) -> Table:
+    return Table(
+        title=title,
+        title_justify="left",
+        show_header=show_header,
+        show_edge=False,
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
 
 
 def _program() -> str:

@@ -1,70 +1,152 @@
 """Fits: how task vectors become shared vectors and codes. Pure functions on tiles; no files, no formats.
 
-A *method* is what the user chooses (`SignedMask`, `TallMask`); a *fit* is the method at work on one set of tasks.
+A *method* is what the user chooses (`SignedMask`, `TallMask`, …); a *fit* is the method at work on one set of tasks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
 from typing import Protocol
 
-from torch import Tensor
-
+from tallstore.fit.auto import Auto
+from tallstore.fit.emr import Emr, EmrFit
+from tallstore.fit.gain import WIDEST, Gain, Projections, solve
+from tallstore.fit.least_squares import LeastSquares, LeastSquaresFit
+from tallstore.fit.localize import Localize, LocalizeFit
+from tallstore.fit.sides import Kind, Levels, present, side_values
+from tallstore.fit.sign import Sign, SignFit
 from tallstore.fit.signed_mask import SignedMask, SignedMaskFit
-from tallstore.fit.tall_mask import PUBLISHED_GRID, Run, TallMask, TallMaskFit
-from tallstore.fit.tile import TaskStatistics, Tile
+from tallstore.fit.tall_mask import PUBLISHED_GRID, Chunks, Run, TallMask, TallMaskFit
+from tallstore.fit.tile import SMALLEST_RMS, Coded, Shared, TaskStatistics, Tile, row_sums
+from tallstore.fit.uniform import Uniform, UniformFit
+from tallstore.format.manifest import Role
 
 __all__ = [
     "PUBLISHED_GRID",
+    "SMALLEST_RMS",
+    "WIDEST",
+    "Auto",
+    "Coded",
+    "Emr",
+    "EmrFit",
     "Fit",
+    "Gain",
+    "Inputs",
+    "Kind",
+    "LeastSquares",
+    "LeastSquaresFit",
+    "Levels",
+    "Localize",
+    "LocalizeFit",
     "Method",
+    "Projections",
+    "Shared",
+    "Sign",
+    "SignFit",
     "SignedMask",
     "SignedMaskFit",
     "TallMask",
     "TallMaskFit",
     "TaskStatistics",
     "Tile",
+    "Uniform",
+    "UniformFit",
+    "described",
     "prepare",
+    "present",
+    "row_sums",
+    "side_values",
+    "solve",
 ]
 
-Method = SignedMask | TallMask
+Method = SignedMask | TallMask | Emr | LeastSquares | Sign | Uniform | Localize | Auto
+
+
+def described(method: Method) -> str:
+    """A method as it would be written down: without what is as by default."""
+    given = [field for field in fields(method) if getattr(method, field.name) != field.default]
+    shown = (f"{field.name}={_shown(getattr(method, field.name))}" for field in given)
+    return f"{type(method).__name__}({', '.join(shown)})"
+
+
+def _shown(value: object) -> str:
+    return "…" if isinstance(value, Mapping) else repr(value)
 
 
 class Fit(Protocol):
     """What packing asks of a method at work."""
 
-    def merge(self, tile: Tile) -> Tensor:
-        """The shared vector of a tile, before it is stored: float32, of the tile's length."""
+    @property
+    def kind(self) -> Kind:
+        """Of the codes."""
 
-    def code(self, tile: Tile, position: int, merged: Tensor) -> Tensor:
-        """Codes of the task at *position*, uint8, from *merged* as stored."""
+    @property
+    def levels(self) -> Levels | None:
+        """Of `uniform` codes."""
 
-    def fitted_scale(self, statistics: TaskStatistics, shared_by: int) -> float:
-        """The scale that the fit itself gives a task's tensor, which *shared_by* tasks moved.
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The shared vectors that `merge` makes."""
 
-        A gain far from it says that the fit degenerated.
-        """
+    @property
+    def gain(self) -> Gain:
+        """How a tensor's reconstruction is scaled."""
 
-    def gain(self, statistics: TaskStatistics, projection: float) -> float:
-        """A task's gain in one tensor, where its reconstruction R at scale one has *projection* = <R, tau> > 0."""
+    @property
+    def fallback(self) -> Fit | None:
+        """What to code a task with, over the same shared vectors, where this fit degenerates."""
+
+    def merge(self, tile: Tile) -> Shared:
+        """The shared vectors of a tile, before they are stored: one for each role, float32, of the tile's length."""
+
+    def chosen(self, task: str) -> Mapping[str, float]:
+        """The parameters that are the task's own, to be recorded with it."""
+
+    def code(self, tile: Tile, position: int, shared: Shared) -> Coded:
+        """Codes of the task at *position*, from the shared vectors as stored. The same however often it is asked."""
 
 
-def prepare(
-    method: Method,
-    chunks: Mapping[str, Callable[[], Iterable[Tensor]]],
-    lambdas: Mapping[str, float] | None = None,
-    run: Run = map,
-) -> Fit:
+@dataclass(frozen=True)
+class Inputs:
+    """What a fit may have to know before it begins.
+
+    Attributes:
+        chunks: by task, a function that streams its whole task vector.
+        tiles: streams the tiles of all tensors that will be coded.
+        run: maps a function over the tasks, as `map` does or as an executor's.
+    """
+
+    chunks: Mapping[str, Chunks]
+    tiles: Callable[[], Iterable[Tile]] = lambda: ()
+    run: Run = map
+
+
+def prepare(method: Method, inputs: Inputs, lambdas: Mapping[str, float] | None = None) -> Fit:
     """Set *method* to work on a set of tasks.
 
     Args:
         method: what the user chose.
-        chunks: by task, a function that streams its whole task vector, for what must be known of all of it.
+        inputs: the task vectors; read only by the methods that need all of them first.
         lambdas: mask_lambda by task, for TallMask; None takes the method's only one.
-        run: maps a function over the tasks, as `map` does or as an executor's.
     """
-    if isinstance(method, SignedMask):
-        return SignedMaskFit(method)
-    if lambdas is None:
-        lambdas = dict.fromkeys(chunks, method.lambdas[0])
-    return TallMaskFit.prepare(method, chunks, lambdas, run)
+    fit: Fit
+    match method:
+        case SignedMask():
+            fit = SignedMaskFit(method)
+        case TallMask():
+            chosen = dict.fromkeys(inputs.chunks, method.lambdas[0]) if lambdas is None else lambdas
+            fit = TallMaskFit.prepare(method, inputs.chunks, chosen, inputs.run)
+        case Emr():
+            fit = EmrFit.prepare(method, inputs.tiles)
+        case LeastSquares():
+            fit = LeastSquaresFit(method)
+        case Sign():
+            fit = SignFit(method)
+        case Uniform():
+            fit = UniformFit(method)
+        case Localize():
+            fit = LocalizeFit.prepare(method, inputs.chunks, inputs.run)
+        case Auto():
+            raise AssertionError("a choice of fits is none")  # the packer resolves it
+    return fit

@@ -1,6 +1,6 @@
 """TALL-masks (arXiv 2405.07813): one merged vector, and a bit a parameter a task that says where it serves the task.
 
-    merged = sum over tasks of tau_t   (or their TIES merge, or their mean)
+    merged = sum over tasks of tau_t   (or their TIES merge, their mean, or what somebody else merged, minus the base)
     mask_t = |tau_t| > mask_lambda * |merged - tau_t|          equation 4, strict as in the authors' code
     expert_t = base + gain_t * mask_t * merged
 
@@ -11,6 +11,7 @@ so that its projection on tau_t is one, the same form keeps far more of the expe
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, get_args
@@ -19,16 +20,17 @@ import torch
 from torch import Tensor
 
 from tallstore.errors import OptionError
-from tallstore.fit.ties import disjoint_sum, trim_threshold
-from tallstore.fit.tile import TaskStatistics, Tile
-from tallstore.format.manifest import Scalar, SharedDtype
+from tallstore.fit.gain import Gain, check_gain
+from tallstore.fit.sides import Kind
+from tallstore.fit.ties import disjoint_sum, trim_threshold, trimmed
+from tallstore.fit.tile import Coded, Shared, Tile
+from tallstore.format.manifest import Role, Scalar, SharedDtype
 
 Merge = Literal["sum", "ties", "mean"]
-Gain = Literal["one", "published"]
+#: A task's whole task vector, streamed; for what must be known of all of it.
+Chunks = Callable[[], Iterable[Tensor]]
 #: Maps a function over tasks: `map`, or an executor's.
-Run = Callable[
-    [Callable[[Callable[[], Iterable[Tensor]]], float], Iterable[Callable[[], Iterable[Tensor]]]], Iterable[float]
-]
+Run = Callable[[Callable[[Chunks], float], Iterable[Chunks]], Iterable[float]]
 PUBLISHED_GRID = (0.2, 0.3, 0.4, 0.5, 0.6)
 
 
@@ -40,20 +42,22 @@ class TallMask:
         mask_lambda: larger values give thinner masks. A sequence (the paper's grid is 0.2, 0.3, 0.4, 0.5, 0.6) needs
             `pack(evaluate=…)`, which chooses the best for each task, the smaller on a tie.
         merge: how task vectors become the merged vector: "sum", "ties" (the largest 20 % a task, disjoint sum) or
-            "mean".
+            "mean"; or a merged model, as anything that `pack` takes as a base: its difference to the base is the merged
+            vector, however it was made. Tensors that it does not have, in the base's shape, count as not merged.
         gain: "one" scales each tensor's reconstruction so that its projection on the task vector is one; "published"
-            is 1.
+            is 1; "least-squares" makes the squared error least.
+        normalise: bring each task's tensors to unit root mean square before they are merged, so that none drowns the
+            others; not with a merged model.
     """
 
     mask_lambda: float | Sequence[float] = 1.0
-    merge: Merge = "sum"
+    merge: Merge | str | os.PathLike[str] | Mapping[str, Tensor] = "sum"
     gain: Gain = "one"
+    normalise: bool = False
 
-    kind: ClassVar = "mask"
     name: ClassVar = "tall-mask"
     merged_dtype: ClassVar[SharedDtype] = "I8"
     allowed_dtypes: ClassVar[frozenset[SharedDtype]] = frozenset({"I8", "F16", "BF16", "F32"})
-    minimum_experts: ClassVar = 2
 
     @classmethod
     def published(cls) -> TallMask:
@@ -68,9 +72,23 @@ class TallMask:
             values = ()
         if not values or not all(math.isfinite(value) and value >= 0 for value in values):
             raise OptionError(f"TallMask: mask_lambda is {self.mask_lambda!r}; give a number from 0, such as 1.0")
-        for option, value, known in (("merge", self.merge, get_args(Merge)), ("gain", self.gain, get_args(Gain))):
-            if value not in known:
-                raise OptionError(f"TallMask: {option} is {value!r}; give one of {', '.join(map(repr, known))}")
+        check_gain("TallMask", self.gain)
+        merge: object = self.merge
+        if not isinstance(merge, str | os.PathLike | Mapping):
+            known = ", ".join(map(repr, get_args(Merge)))
+            raise OptionError(f"TallMask: merge is {merge!r}; give one of {known}, or a merged checkpoint")
+        if self.normalise and self.given is not None:
+            raise OptionError("TallMask: normalise goes with merge='sum', 'ties' or 'mean', not with a merged model")
+
+    @property
+    def given(self) -> str | os.PathLike[str] | Mapping[str, Tensor] | None:
+        """The merged model, where the merge is somebody else's."""
+        return None if isinstance(self.merge, str) and self.merge in get_args(Merge) else self.merge
+
+    @property
+    def minimum_experts(self) -> int:
+        """Two make a merge."""
+        return 2 if self.given is None else 1
 
     @property
     def lambdas(self) -> tuple[float, ...]:
@@ -84,7 +102,8 @@ class TallMask:
         recorded: Scalar | list[Scalar] = self.lambdas[0]
         if isinstance(self.mask_lambda, Iterable):
             recorded = list(self.lambdas)
-        return {"mask_lambda": recorded, "merge": self.merge, "gain": self.gain}
+        merge = str(self.merge) if self.given is None else "checkpoint"
+        return {"mask_lambda": recorded, "merge": merge, "gain": self.gain, "normalise": self.normalise}
 
 
 @dataclass(frozen=True)
@@ -100,13 +119,14 @@ class TallMaskFit:
     lambdas: Mapping[str, float]
     thresholds: Mapping[str, float] = field(default_factory=dict)
 
+    kind: ClassVar[Kind] = "mask"
+    levels: ClassVar = None
+    roles: ClassVar[tuple[Role, ...]] = ("merged",)
+    fallback: ClassVar = None
+
     @classmethod
     def prepare(
-        cls,
-        method: TallMask,
-        chunks: Mapping[str, Callable[[], Iterable[Tensor]]],
-        lambdas: Mapping[str, float],
-        run: Run = map,
+        cls, method: TallMask, chunks: Mapping[str, Chunks], lambdas: Mapping[str, float], run: Run = map
     ) -> TallMaskFit:
         """Do what needs all of a task's parameters: for TIES, two passes over every task vector.
 
@@ -124,25 +144,41 @@ class TallMaskFit:
         """The same fit at other lambdas."""
         return replace(self, lambdas=lambdas)
 
-    def merge(self, tile: Tile) -> Tensor:
-        """The merged vector of a tile: float32, of its length."""
+    @property
+    def gain(self) -> Gain:
+        """Of the method."""
+        return self.method.gain
+
+    def chosen(self, task: str) -> Mapping[str, float]:
+        """The mask_lambda that was chosen for a task, and the smallest magnitude that TIES' trim keeps of it."""
+        own = {"mask_lambda": self.lambdas[task]} if len(self.method.lambdas) > 1 else {}
+        return own | ({"trim_threshold": self.thresholds[task]} if self.thresholds else {})
+
+    def merge(self, tile: Tile) -> Shared:
+        """The merged vector of a tile."""
+        if tile.given is not None:
+            return {"merged": tile.given}
+        vectors = list(tile.task_vectors)
         if self.method.merge == "ties":
-            return disjoint_sum(tile.task_vectors, (self.thresholds[task] for task in tile.tasks))
-        total = torch.zeros_like(tile.task_vectors[0])
-        for task_vector in tile.task_vectors:
-            total += task_vector
-        return total / len(tile.tasks) if self.method.merge == "mean" else total
+            vectors = [trimmed(vector, self.thresholds[task]) for vector, task in zip(vectors, tile.tasks, strict=True)]
+        if self.method.normalise:
+            vectors = [vector * found.unit for vector, found in zip(vectors, tile.statistics, strict=True)]
+        if self.method.merge == "ties":
+            return {"merged": disjoint_sum(vectors)}
+        total = torch.zeros_like(vectors[0])
+        for vector in vectors:
+            total += vector
+        return {"merged": total / len(vectors) if self.method.merge == "mean" else total}
 
-    def code(self, tile: Tile, position: int, merged: Tensor) -> Tensor:
-        """Mask of the task at *position* as uint8 of 0 and 1, from *merged* as stored."""
-        task_vector = tile.task_vectors[position]
-        limit = self.lambdas[tile.tasks[position]] * (merged - task_vector).abs()
-        return ((task_vector.abs() > limit) & (merged != 0)).to(torch.uint8)
-
-    def fitted_scale(self, _statistics: TaskStatistics, shared_by: int) -> float:
-        """The scale that the rule itself gives: 1; a mean that is scaled back is that of *shared_by* task vectors."""
-        return float(shared_by) if self.method.merge == "mean" and self.method.gain == "one" else 1.0
-
-    def gain(self, statistics: TaskStatistics, projection: float) -> float:
-        """1 as published; or what takes <gain * R, tau> to ||tau||^2, for *projection* = <R, tau>."""
-        return 1.0 if self.method.gain == "published" else statistics.sum_squares / projection
+    def code(self, tile: Tile, position: int, shared: Shared) -> Coded:
+        """Mask of the task at *position*, as 0 and 1."""
+        merged, statistics = shared["merged"], tile.statistics[position]
+        vector = tile.task_vectors[position]
+        if self.method.normalise:
+            vector = vector * statistics.unit
+        limit = self.lambdas[tile.tasks[position]] * (merged - vector).abs()
+        # A mean that is scaled back is that of `shared_by` task vectors.
+        scale = float(tile.shared_by) if self.method.merge == "mean" and self.gain != "published" else 1.0
+        if self.method.normalise:
+            scale *= statistics.rms
+        return Coded(((vector.abs() > limit) & (merged != 0)).to(torch.uint8), scale)

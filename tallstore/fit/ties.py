@@ -55,14 +55,15 @@ def _pattern(chunk: Tensor) -> Tensor:
     return chunk.reshape(-1).abs().view(torch.int32)
 
 
-def disjoint_sum(task_vectors: Iterable[Tensor], thresholds: Iterable[float]) -> Tensor:
-    """The merged vector of one tile: float32, of the tile's length."""
-    trimmed = [
-        torch.where(task_vector.abs() >= threshold, task_vector, 0.0)
-        for task_vector, threshold in zip(task_vectors, thresholds, strict=True)
-    ]
-    elected = torch.sign(_sum(trimmed))
-    return _sum([torch.where(torch.sign(values) == elected, values, 0.0) for values in trimmed])
+def trimmed(task_vector: Tensor, threshold: float) -> Tensor:
+    """The task vector with what the trim does not keep set to 0."""
+    return torch.where(task_vector.abs() >= threshold, task_vector, 0.0)
+
+
+def disjoint_sum(kept: list[Tensor]) -> Tensor:
+    """The merged vector of trimmed task vectors: float32, of their length."""
+    elected = torch.sign(_sum(kept))
+    return _sum([torch.where(torch.sign(values) == elected, values, 0.0) for values in kept])
 
 
 def _sum(tensors: list[Tensor]) -> Tensor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +16,20 @@ from tallstore.errors import BaseMissingError, OptionError
 from tallstore.format.bundle_files import BundleFiles
 from tallstore.format.manifest import Manifest
 from tallstore.format.shard_reader import Verify
+from tallstore.inspecting.statistics import Statistics, measure_masks
+from tallstore.loading import representation
+from tallstore.loading.consensus import consensus
 from tallstore.loading.expert import Expert
+from tallstore.loading.merging import Merging
 from tallstore.loading.model_weights import LoadResult, load_expert
 from tallstore.loading.pinned_base import PinnedBase
-from tallstore.sizes import readable
+from tallstore.loading.stitching import stitch
+from tallstore.meter import Progress
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from typing_extensions import Self
-
-_SHOWN_TASKS: Final = 4
 
 
 def open_bundle(
@@ -175,6 +178,101 @@ class Bundle:
         """
         return load_expert(self._expert(task), model, strict=strict)
 
+    @property
+    def base_directory(self) -> Path | None:
+        """The Hugging Face directory that the base is in, its config and tokenizer with it; None where it is in none.
+
+        Raises:
+            InputError: the base cannot be opened.
+            BaseMissingError: the bundle neither embeds nor names its base, and none was given.
+        """
+        return self._pinned().directory
+
+    def consensus(self, k: int = 2, scale: float = 1.0, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """One merged model: of the merged vector, only what at least *k* tasks' masks claim (Consensus Merging).
+
+            base + scale * 1{at least k masks are set} * merged        arXiv 2405.07813, equation 5
+
+        k=2 leaves out what no task or only one claims ("catastrophic" and "selfish" weights). Where tasks store a
+        tensor whole, their task vectors are exact, and they are merged and masked by the same rules; a tensor whose
+        merged vector came from somebody else's model and is not in the bundle stays at the base. So do tensors of no
+        floats, and those that no task has under the base's name. What the base does not have, such as heads, is left
+        out.
+
+        Args:
+            k: how many masks must be set, from 0 to the number of tasks.
+            scale: of the merged vector: the paper tunes it on validation data; 1 / number of tasks makes a mean of a
+                sum.
+            tasks: whose masks are counted; all by default. They must be of one group; its merged vector is that of all
+                of that group's tasks, whoever is named here.
+
+        Returns:
+            new tensors by the base's names, in the base's dtypes, on the CPU; ties share one tensor. Where merged is
+            float32, they are what the formula gives on the originals in float32; with int8, merged is off by up to half
+            a step of its row, and scale times that is what the result is off.
+
+        Cost:
+            reads each mask, the merged vector and the base once; a few chunks of memory a task beyond the result.
+
+        Raises:
+            OptionError: the tasks are not of one group of TALL-masks, some have tied what others have not, or *k* or
+                *scale* is out of range.
+            NotFetchedError: a task's files are not here; of a tensor that is stored whole, those of the whole group are
+                needed.
+            UnknownTaskError, FormatError, IntegrityError, BaseError: as `tensor`.
+        """
+        return consensus(self._merging(tasks), k, scale)
+
+    def stitch(self, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """One merged model of sparse experts: at every weight, the mean over the tasks that claim it.
+
+            base + sum of mask_t * tau_t / number of masks that are set        Localize-and-Stitch, arXiv 2408.13656
+
+        tau_t is what the bundle has of the task vector, under the gain that it was packed with. Where a task stores a
+        tensor whole, it is exact, and claimed where its magnitude is one that was kept of the task; where masks were
+        given to `Localize`, wherever it moved.
+
+        Args:
+            tasks: to be stitched; all by default. They must be of one group, packed with `Localize`.
+
+        Returns:
+            as `consensus`: the formula in float32, on the values as they are stored.
+
+        Cost:
+            reads what the tasks have and the base once; a few chunks of memory a task beyond the result.
+
+        Raises:
+            OptionError: the tasks are not of one group of sparse experts, or some have tied what others have not.
+            UnknownTaskError, NotFetchedError, FormatError, IntegrityError, BaseError: as `tensor`.
+        """
+        return stitch(self._merging(tasks))
+
+    def statistics(self, tasks: Sequence[str] | None = None, progress: Progress | None = None) -> Statistics:
+        """What the masks have in common: densities, the agreement profile, the overlap of each two.
+
+        The masks may be of any method and group that leaves weights out: `mask`, `signed`, `sparse`, and `uniform` of 3
+        levels. A tensor is left out, and said to be, where a task stores it whole or in another code.
+
+        Args:
+            tasks: whose masks to count; by default all whose files are here.
+            progress: is told bytes of masks done, and in all.
+
+        Cost:
+            reads each mask once and nothing else, counts on packed bits; memory of a chunk a task. Time grows with the
+            number of tasks, that of the overlaps with its square.
+
+        Raises:
+            OptionError: *tasks* is no list of names.
+            UnknownTaskError, NotFetchedError, FormatError, IntegrityError: as `tensor`.
+        """
+        return measure_masks(self._files, tasks, progress)
+
+    def _merging(self, tasks: Sequence[str] | None) -> Merging:
+        if isinstance(tasks, str):
+            raise OptionError(f"tasks is {tasks!r}; give a list of names")
+        chosen = self.tasks if tasks is None else tuple(dict.fromkeys(tasks))
+        return Merging(self._files, self._pinned(), [self._files.task(task) for task in chosen])
+
     def close(self) -> None:
         """Let go of open files; a later call opens them again."""
         self._files.close()
@@ -190,8 +288,14 @@ class Bundle:
         self.close()
 
     def __repr__(self) -> str:
-        nbytes = sum(file.size for file in self.manifest.files)
-        return f"<Bundle {str(self.path)!r}: {_listed(self.tasks)}, {readable(nbytes)}>"
+        return representation.in_a_line(self._files)
+
+    def __str__(self) -> str:
+        return representation.in_lines(self._files)
+
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        return representation.as_html(self._files)
 
     def _range(self, task: str, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a flat tensor, [stop - start], reading the chunks that they lie in.
@@ -207,11 +311,13 @@ class Bundle:
         return expert.elements(name, start, stop)
 
     def _expert(self, task: str) -> Expert:
-        opened = self._files.task(task)
+        return Expert(self._files.task(task), self._files, self._pinned())
+
+    def _pinned(self) -> PinnedBase:
         with self._lock:
             if self._base is None:
                 self._base = PinnedBase(self._files.base, self._open_base, self._verify)
-        return Expert(opened, self._files, self._base)
+            return self._base
 
     def _open_base(self) -> Checkpoint:
         if self._base_source is not None:
@@ -249,9 +355,3 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise OptionError(f"dtype is {dtype!r}; give a floating-point one, such as 'bfloat16' or torch.float32")
     return found
-
-
-def _listed(tasks: Iterable[str]) -> str:
-    names = list(tasks)
-    more = ", …" if len(names) > _SHOWN_TASKS else ""
-    return f"{len(names)} task{'' if len(names) == 1 else 's'} ({', '.join(names[:_SHOWN_TASKS])}{more})"

@@ -27,6 +27,11 @@ class LoadResult(NamedTuple):
     missing_keys: list[str]
     unexpected_keys: list[str]
 
+    def __repr__(self) -> str:
+        if not self.missing_keys and not self.unexpected_keys:
+            return "<LoadResult: all names matched>"
+        return f"LoadResult(missing_keys={self.missing_keys!r}, unexpected_keys={self.unexpected_keys!r})"
+
 
 def load_expert(expert: Expert, model: nn.Module, *, strict: bool) -> LoadResult:
     """Write *expert* into *model*; what can be refused is refused before anything is written.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import xxhash
 from torch import Tensor, uint8
@@ -66,6 +67,16 @@ class PinnedBase:
             raise BaseMismatchError("BASE-2", checkpoint.where, tensor.name, f"has other values{more}")
         verified[index] = 1
         return chunk[start - first : stop - first]
+
+    @property
+    def directory(self) -> Path | None:
+        """The Hugging Face directory that the base is in, where it is in one.
+
+        Raises:
+            InputError: the base cannot be opened.
+        """
+        with self._lock:
+            return self._open().directory
 
     def close(self) -> None:
         """Let go of the base's files; a later read opens them again."""

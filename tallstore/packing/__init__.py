@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from tallstore.packing.meter import Progress
+from tallstore.meter import Progress
+from tallstore.packing.comparing import Compared, Comparison, compare
 from tallstore.packing.outcome import PackedTask, PackReport
 from tallstore.packing.packer import Evaluate, pack
 
-__all__ = ["Evaluate", "PackReport", "PackedTask", "Progress", "pack"]
+__all__ = ["Compared", "Comparison", "Evaluate", "PackReport", "PackedTask", "Progress", "compare", "pack"]

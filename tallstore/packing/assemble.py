@@ -82,7 +82,7 @@ def recorded_method(method: Method) -> tables.Method:
 
 
 def write_task(
-    task: TaskProgress, group: str, root: Path, *, score: float | None, mask_lambda: float | None
+    task: TaskProgress, group: str, root: Path, *, score: float | None, chosen: Mapping[str, float]
 ) -> tuple[tables.TaskTable, dict[str, Written]]:
     """Finish one task's shards, store its companion files, write task.json; its table, and the files by path."""
     shards, by_name = task.writer.finish()
@@ -109,7 +109,7 @@ def write_task(
         shards=shards,
         tensors=(*_entries(task), *(tables.DroppedTensor(name=name) for name in task.expert.dropped)),
         files=tuple(carried),
-        chosen={} if mask_lambda is None else {"mask_lambda": mask_lambda},
+        chosen=dict(chosen),
         fidelity=tables.Fidelity(
             cosine=_rounded(task.sums.cosine),
             gain=_rounded(task.sums.gain),

@@ -44,6 +44,10 @@ class Sums:
             self.task_vector + other.task_vector,
         )
 
+    def __mul__(self, factor: float) -> Sums:
+        """Over a part *factor* times as large that is just like this one."""
+        return Sums(self.projection * factor, self.reconstruction * factor, self.task_vector * factor)
+
     @property
     def cosine(self) -> float | None:
         """None where either side is zero."""

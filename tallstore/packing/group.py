@@ -7,30 +7,27 @@ read the masks and gains off the merged vector AS STORED, rebuild, and measure w
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tallstore.checkpoints import Checkpoint
-from tallstore.fit import Fit, Method
+from tallstore.fit import Fit
 from tallstore.format import layout
 from tallstore.format import manifest as tables
 from tallstore.format.dtypes import CHUNK_NUMEL
-from tallstore.format.encodings import BITS, SIGNED, WHOLE
+from tallstore.format.encodings import WHOLE
 from tallstore.format.manifest import Payload, SharedDtype
-from tallstore.format.r13 import r13
 from tallstore.format.shard_writer import POOLED_NUMEL, ShardWriter
+from tallstore.packing.code_writer import CODES, CodeWriter
 from tallstore.packing.fidelity import Estimated, Sums, dot, sign_estimate, signed_estimates
 from tallstore.packing.plan import Expert, Part
-from tallstore.packing.shared_vector import SharedVector, contribution
-from tallstore.packing.stack import Examined, Span, Stack, cast, examine, result_dtype
-
-_WIDEST_GAIN = 8.0  # a gain this many times the fit's own scale, or one part in this many: the fit degenerated
+from tallstore.packing.stack import Examined, Stack, examine, is_merged, unfit
+from tallstore.packing.stack_fit import Scaled, StackFit
 
 
 @dataclass(frozen=True)
@@ -47,6 +44,21 @@ class StoredWhole:
     nbytes: int
 
 
+@dataclass(frozen=True)
+class CodedTensor:
+    """What coding one tensor of one task came to.
+
+    Attributes:
+        numel: elements.
+        nbytes: of its codes, and of its gains by row and its own values where it has them.
+        sums: over the reconstruction, after the final rounding.
+    """
+
+    numel: int
+    nbytes: int
+    sums: Sums
+
+
 @dataclass
 class TaskProgress:
     """What has been written of one task so far."""
@@ -56,11 +68,24 @@ class TaskProgress:
     writer: ShardWriter
     entries: dict[str, tables.Tensor] = field(default_factory=dict)
     whole: list[StoredWhole] = field(default_factory=list)
-    sums: Sums = field(default_factory=Sums)
-    coded_nbytes: int = 0
+    coded: dict[str, CodedTensor] = field(default_factory=dict)
     sign: list[Estimated] = field(default_factory=list)
     signed: list[Estimated] = field(default_factory=list)
-    coded_numel: int = 0
+
+    @property
+    def sums(self) -> Sums:
+        """Over all coded tensors."""
+        return sum((tensor.sums for tensor in self.coded.values()), Sums())
+
+    @property
+    def coded_nbytes(self) -> int:
+        """Of all coded tensors."""
+        return sum(tensor.nbytes for tensor in self.coded.values())
+
+    @property
+    def coded_numel(self) -> int:
+        """Of all coded tensors."""
+        return sum(tensor.numel for tensor in self.coded.values())
 
     def store_whole(self, name: str, reason: str, start: int = 0, *, role: str = "values") -> Payload | None:
         """Store elements from *start* on as they are; None where there are none."""
@@ -98,9 +123,10 @@ class GroupPacker:
         experts: Sequence[Expert],
         root: Path,
         *,
-        method: Method,
-        fit: Fit,
-        dtype: SharedDtype,
+        fits: Callable[[str], tuple[Fit, SharedDtype]],
+        factors: Mapping[tuple[str, str], float],
+        given: Checkpoint | None,
+        compress: bool,
         pool: ThreadPoolExecutor,
     ) -> None:
         """Begin group g0001 in the bundle that is being written at *root*.
@@ -109,18 +135,20 @@ class GroupPacker:
             base: the base.
             experts: the group's tasks.
             root: the bundle's directory, empty.
-            method: what was chosen.
-            fit: the method at work.
-            dtype: of the shared vectors.
+            fits: the method at work: by base tensor, what codes it and the dtype of its shared vectors.
+            factors: by task and tensor of the expert, what its gains are multiplied by; 1 where there is none.
+            given: somebody else's merged model, where the method merges none itself.
+            compress: whether payloads are compressed where that makes them smaller; raw if not.
             pool: threads to spread tiles and tasks over.
         """
-        self._base, self._method, self._fit, self._dtype = base, method, fit, dtype
+        self._base, self._fits, self._factors, self._given = base, fits, factors, given
         self._root, self._pool = root, pool
         self.id = "g0001"
-        self.writer = ShardWriter(root / layout.group_directory(self.id))
+        self.writer = ShardWriter(root / layout.group_directory(self.id), compress=compress)
         self.vectors: list[tables.Vector] = []
+        self.vector_nbytes: dict[str, int] = {}  # by base tensor
         self.tasks = {
-            expert.task: TaskProgress(expert, slug, ShardWriter(root / layout.task_directory(slug)))
+            expert.task: TaskProgress(expert, slug, ShardWriter(root / layout.task_directory(slug), compress=compress))
             for expert, slug in _slugs(experts)
         }
         for directory in (
@@ -132,8 +160,11 @@ class GroupPacker:
     def pack_tensor(self, base_name: str, parts: Sequence[Part]) -> None:
         """Everything about one base tensor."""
         coded = [found for found in self._pool.map(functools.partial(self._sort_out, base_name), parts) if found]
-        if coded:
-            self._pack_stack(Stack(self._base, base_name, coded))
+        if coded and self._given is not None and not is_merged(self._given, self._base, base_name):
+            for found in coded:
+                self.tasks[found.part.expert.task].store_private(found.part.name, "the merged model does not have it")
+        elif coded:
+            self._pack_stack(Stack(self._base, base_name, coded, self._given))
 
     def _sort_out(self, base_name: str, part: Part) -> Examined | None:
         """Store a part that is not coded; what was found of one that is."""
@@ -141,7 +172,7 @@ class GroupPacker:
         if found.statistics is None:
             self._store_uncoded(base_name, found)
             return None
-        if reason := self._too_far(base_name, found):
+        if reason := unfit(self._base, base_name, found):
             self.tasks[part.expert.task].store_private(part.name, reason)
             return None
         return found
@@ -156,104 +187,65 @@ class GroupPacker:
         else:
             task.entries[part.name] = tables.SameTensor(**_identity(part, base_name))
 
-    def _too_far(self, base_name: str, found: Examined) -> str | None:
-        """Why leading rows are not the base's rows at all: a head with another number of classes, most often."""
-        statistics = found.statistics
-        if statistics is None:
-            return None
-        if not r13(statistics.rms).item():
-            return "its task vector is too small for a scale"
-        if not found.part.is_resized:
-            return None
-        norm = 0.0
-        for start in range(0, found.part.numel, CHUNK_NUMEL):
-            rows = self._base.read(base_name, start, min(start + CHUNK_NUMEL, found.part.numel))
-            norm += dot(rows, rows)
-        return "its rows are not a resizing of the base's" if statistics.sum_squares >= norm else None
-
     def _pack_stack(self, stack: Stack) -> None:
         list(self._pool.map(stack.keep, range(len(stack.parts))))
-        shared = SharedVector(stack, self._fit, self._dtype, self._root)
-        fitted = list(self._pool.map(functools.partial(self._fit_span, stack, shared), range(len(stack.spans))))
-        # Summed in the order of the spans: the same bundle whatever the number of threads.
-        projections = [sum(found.get(part.expert.task, 0.0) for found in fitted) for part in stack.parts]
-        store = functools.partial(self._store_part, stack, shared)
-        if any(list(self._pool.map(store, range(len(stack.parts)), projections))):
-            self.vectors.append(shared.write(self.writer))
+        fit, dtype = self._fits(stack.name)
+        factors = [self._factors.get((part.expert.task, part.name), 1.0) for part in stack.parts]
+        fitted = StackFit(stack, fit, dtype, self._root, factors)
+        scaled = fitted.run(stack.spans, self._pool.map)
+        if fit.kind != "signed":
+            self._estimate_signed(stack)
+        store = functools.partial(self._store_part, fitted)
+        if any(list(self._pool.map(store, range(len(stack.parts)), scaled))):
+            written = [vector.write(self.writer) for vector in fitted.shared]
+            self.vectors.extend(vector for vector, _ in written)
+            self.vector_nbytes[stack.name] = sum(nbytes for _, nbytes in written)
 
-    def _fit_span(self, stack: Stack, shared: SharedVector, number: int) -> dict[str, float]:
-        """Merge one tile; <R, tau> in it by task, from the merged vector as stored."""
-        span = stack.spans[number]
-        tile = stack.tile(span)
-        shared.fit(span, tile)
-        merged = shared.stored(span)
-        # One tile in eight stands for the tensor, the first always.
-        if tile.tasks and number % 8 == 0 and self._method.kind != "signed":
-            share = 1 / -(-len(stack.spans) // 8)
-            for task, estimate in zip(tile.tasks, signed_estimates(tile, share), strict=True):
-                self.tasks[task].signed.append(estimate)
-        return {
-            task: dot(contribution(self._fit.code(tile, position, merged), merged), tile.task_vectors[position])
-            for position, task in enumerate(tile.tasks)
-        }
+    def _estimate_signed(self, stack: Stack) -> None:
+        """What `SignedMask()` would do: one tile in eight stands for the tensor, the first always."""
+        share = 1 / -(-len(stack.spans) // 8)
+        for span in stack.spans[::8]:
+            tile = stack.tile(span)
+            if tile.tasks:
+                for task, estimate in zip(tile.tasks, signed_estimates(tile, share), strict=True):
+                    self.tasks[task].signed.append(estimate)
 
-    def _store_part(self, stack: Stack, shared: SharedVector, position: int, projection: float) -> bool:
+    def _store_part(self, fitted: StackFit, position: int, scaled: Scaled) -> bool:
         """Store one task's codes, or its whole tensor where the fit degenerated; whether it was coded."""
-        part = stack.parts[position]
+        part = fitted.stack.parts[position]
         task = self.tasks[part.expert.task]
-        gain, reason = self._gain(position, stack, shared, projection)
-        if reason is None:
-            reason = self._write_codes(stack, position, shared, gain)
+        reason = scaled.reason or self._write_codes(fitted, position, scaled)
         if reason is not None:
             task.store_private(part.name, reason)
             return False
-        task.sign.append(sign_estimate(stack.statistics[position]))
+        task.sign.append(sign_estimate(fitted.stack.statistics[position]))
         return True
 
-    def _gain(self, position: int, stack: Stack, shared: SharedVector, projection: float) -> tuple[float, str | None]:
-        statistics = stack.statistics[position]
-        if projection <= 0:
-            return 0.0, "the fit has no part along its task vector"
-        exact = self._fit.gain(statistics, projection)
-        gain = r13(exact).item()
-        fitted = self._fit.fitted_scale(statistics, len(stack.parts))
-        if not fitted / _WIDEST_GAIN <= exact <= fitted * _WIDEST_GAIN:
-            return gain, f"the fit degenerated (its gain is {exact / fitted:.3g})"
-        if not shared.scales_are_in_range(gain):
-            return gain, "its scales are beyond what the format holds"
-        return gain, None
-
-    def _write_codes(self, stack: Stack, position: int, shared: SharedVector, gain: float) -> str | None:
+    def _write_codes(self, fitted: StackFit, position: int, scaled: Scaled) -> str | None:
         """Write one task's codes, rebuild and measure; why it must be private instead, if it must."""
+        stack = fitted.stack
         part = stack.parts[position]
         task = self.tasks[part.expert.task]
-        signed = self._method.kind == "signed"
-        role = "fields" if signed else "bits"
-        payload = task.writer.payload("mask", f"{role}/{part.name}", SIGNED if signed else BITS)
+        codes = CodeWriter(task.writer, part.name, scaled, row_axes=stack.row_axes)
         sums = Sums()
         for span in stack.spans:
             if span.stop > part.numel:
                 break
-            tile = stack.tile(span, only=position)
-            codes = self._fit.code(tile, 0, shared.stored(span))
-            payload.append(codes.numpy())
-            step = _rebuild(stack, part, span, shared.delta(span, codes, gain))
+            coded, tile = fitted.code(scaled, span, position)
+            codes.append(coded)
+            step = fitted.rebuild(scaled, span, position, coded)
             if not torch.isfinite(step).all():
-                payload.discard()
+                codes.discard()
                 return f"its reconstruction overflows {part.spec.dtype}"
             vector = tile.task_vectors[0]
             sums += Sums(dot(step, vector), dot(step, step), dot(vector, vector))
-        placed = payload.finish()
-        task.sums += sums
-        task.coded_numel += part.numel
-        task.coded_nbytes += payload.stored_nbytes
-        scaled: dict[str, Any] = {"gain": gain, role: placed}
+        fields = codes.finish()
+        task.coded[part.name] = CodedTensor(part.numel, codes.nbytes, sums)
+        code, tensor = CODES[scaled.fit.kind]
         if part.is_resized:
-            leading = tables.SignedCode(**scaled) if signed else tables.MaskCode(**scaled)
-            task.entries[part.name] = self._extended(part, stack.name, leading)
+            task.entries[part.name] = self._extended(part, stack.name, code(**fields))
         else:
-            kind = tables.SignedTensor if signed else tables.MaskTensor
-            task.entries[part.name] = kind(**_identity(part, stack.name), **scaled)
+            task.entries[part.name] = tensor(**_identity(part, stack.name), **fields)
         return None
 
     def _extended(self, part: Part, base_name: str, leading: tables.RowsCode) -> tables.ExtendedTensor:
@@ -279,11 +271,3 @@ def _identity(part: Part, base_name: str) -> dict[str, Any]:
     """The fields that every tensor with a base has."""
     other = None if base_name == part.name else base_name
     return {"name": part.name, "base": other, "dtype": part.spec.dtype, "shape": part.spec.shape}
-
-
-def _rebuild(stack: Stack, part: Part, span: Span, delta: Tensor) -> Tensor:
-    """What a reader gets, less the base: float64, after the final rounding."""
-    base = stack.base.read(stack.name, span.start, span.stop)
-    total = base.double() + delta.double() if base.dtype is torch.float64 else base.float() + delta
-    dtype = result_dtype(part)
-    return torch.where(delta == 0, cast(base, dtype), cast(total, dtype)).double() - base.double()

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tallstore.checkpoints import Checkpoint
-from tallstore.fit import Method
+from tallstore.fit import Method, SignedMask
 from tallstore.format import layout
-from tallstore.format.manifest import Estimate, Manifest, SharedDtype, TaskTable
+from tallstore.format.manifest import Estimate, Manifest, TaskTable
+from tallstore.notebook import MAX_ROWS, html_table, number
 from tallstore.packing.group import StoredWhole, TaskProgress
 from tallstore.sizes import readable
 
@@ -87,17 +88,45 @@ class PackReport:
             }
         return plain
 
+    def __repr__(self) -> str:
+        return f"<PackReport {str(self.path)!r}: {self._sum()}>"
+
     def __str__(self) -> str:
-        """A few lines for people."""
-        verb = "would pack" if self.dry_run else "packed"
-        ratio = self.checkpoints_nbytes / max(1, self.bundle_nbytes)
-        first = f"{verb} {len(self.tasks)} tasks with {self.method}: {readable(self.checkpoints_nbytes)} of checkpoints"
-        lines = [f"{first} in {readable(self.bundle_nbytes)} ({ratio:.1f} times smaller)"]
-        for task in self.tasks:
+        """A few lines for people: all in all, a line a task for the first of them, advice."""
+        lines = [self._sum()]
+        for task in self.tasks[:MAX_ROWS]:
             measured = "nothing coded" if task.cosine is None else f"cosine {task.cosine:.4f}, gain {task.gain:.4f}"
             bits = "" if task.bits is None else f", {task.bits:.2f} bits a parameter"
             lines.append(f"  {task.name}: {readable(task.nbytes)}, {measured}{bits}, {len(task.whole)} tensors whole")
-        return "\n".join([*lines, *self.advice])
+        return "\n".join([*lines, *(f"  {more}" for more in self._more()), *self.advice])
+
+    def _repr_html_(self) -> str:
+        """The same as a table, for notebooks."""
+        has_scores = any(task.score is not None for task in self.tasks)
+        headings = ("task", "size", "bits", "cosine", "gain", "tensors whole", *(["score"] if has_scores else []))
+        rows = [
+            (
+                task.name,
+                readable(task.nbytes),
+                number(task.bits, 2),
+                number(task.cosine, 4),
+                number(task.gain, 4),
+                str(len(task.whole)),
+                *([number(task.score, 4)] if has_scores else []),
+            )
+            for task in self.tasks[:MAX_ROWS]
+        ]
+        return html_table([self._sum()], headings, rows, [*self._more(), *self.advice])
+
+    def _sum(self) -> str:
+        verb = "would pack" if self.dry_run else "packed"
+        ratio = self.checkpoints_nbytes / max(1, self.bundle_nbytes)
+        first = f"{verb} {len(self.tasks)} tasks with {self.method}: {readable(self.checkpoints_nbytes)} of checkpoints"
+        return f"{first} in {readable(self.bundle_nbytes)} ({ratio:.1f} times smaller)"
+
+    def _more(self) -> list[str]:
+        count = len(self.tasks) - MAX_ROWS
+        return [f"and {count} more in report.tasks"] if count > 0 else []
 
 
 def report(
@@ -107,8 +136,7 @@ def report(
     packed: Sequence[tuple[TaskProgress, TaskTable]],
     *,
     method: Method,
-    dtype: SharedDtype,
-    lambdas: Mapping[str, float],
+    dtype: str,
 ) -> PackReport:
     """Sum up what was written.
 
@@ -119,7 +147,6 @@ def report(
         packed: for each task, what was written of it.
         method: how it was fitted.
         dtype: of the shared vectors.
-        lambdas: by task, where they were chosen.
     """
     sizes = _sizes(root, manifest)
     shared_nbytes = sum(size for directory, size in sizes.items() if directory.startswith("groups/"))
@@ -134,7 +161,7 @@ def report(
             bits=8 * (task.coded_nbytes + share) / task.coded_numel if task.coded_numel else None,
             cosine=table.fidelity.cosine,
             gain=table.fidelity.gain,
-            mask_lambda=lambdas.get(table.name),
+            mask_lambda=_number(table.chosen.get("mask_lambda")),
             score=table.fidelity.score,
             estimates=table.fidelity.estimates,
             whole=tuple(task.whole),
@@ -144,7 +171,7 @@ def report(
     return PackReport(
         path=Path(),
         dry_run=False,
-        method=repr(method),
+        method=_call(method),
         merged_dtype=dtype,
         tasks=tasks,
         base_nbytes=_nbytes(base),
@@ -152,6 +179,12 @@ def report(
         bundle_nbytes=sum(sizes.values()),
         advice=_advice(method, tasks),
     )
+
+
+def _call(method: Method) -> str:
+    """The method as it is called, but for the tensors it was given."""
+    given = ", ".join(f"{name}={value!r}" for name, value in method.parameters.items())
+    return f"{type(method).__name__}({given})"
 
 
 def with_scores(report: PackReport, root: Path, manifest: Manifest, scores: Mapping[str, float]) -> PackReport:
@@ -180,7 +213,7 @@ def _advice(method: Method, tasks: tuple[PackedTask, ...]) -> tuple[str, ...]:
     measured = [
         task for task in tasks if task.cosine is not None and task.bits is not None and "signed" in task.estimates
     ]
-    if method.kind == "signed" or not measured:
+    if isinstance(method, SignedMask) or not measured:
         return ()
 
     def mean(values: list[float]) -> float:
@@ -193,3 +226,7 @@ def _advice(method: Method, tasks: tuple[PackedTask, ...]) -> tuple[str, ...]:
         return ()
     theirs, ours = f"{other_bits:.2f} bits a parameter at cosine {other_cosine:.3f}", f"{bits:.2f} at {cosine:.3f}"
     return (f"SignedMask() would be smaller and truer here: about {theirs}, against {ours}",)
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) else None

@@ -207,6 +207,12 @@ def _part(expert: Expert, name: str, base_spec: TensorSpec, private: Sequence[st
     return Part(expert, name, spec, base_spec, numel, reason)
 
 
+def counts_for_the_trim(part: Part, private: Sequence[str]) -> bool:
+    """Whether a part is of the task vector whose largest moves are sought: floating-point, and not asked for whole."""
+    coded = part.spec.dtype in CODED and part.base_spec.dtype in CODED
+    return coded and part.numel > 0 and not is_private(part.name, private)
+
+
 def hints(base: Checkpoint, experts: Iterable[Expert], private: Sequence[str]) -> tuple[str, ...]:
     """What looks like a slip in the arguments, a line each: patterns without a match, experts that hardly overlap."""
     experts = tuple(experts)

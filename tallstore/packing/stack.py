@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,15 +11,25 @@ from torch import Tensor
 from tallstore.checkpoints import Checkpoint
 from tallstore.checkpoints.torch_dtypes import TORCH_DTYPES
 from tallstore.errors import NonFiniteError
-from tallstore.fit import TaskStatistics, Tile
+from tallstore.fit import TaskStatistics, Tile, row_sums
 from tallstore.format.dtypes import CHUNK_NUMEL, CODED, TensorSpec
+from tallstore.format.r13 import r13
 from tallstore.loading.decode import copy_cast
 from tallstore.packing.plan import Part
 
 _TILE_NUMEL = 1 << 20  # elements of a tile, over all its tasks: what stays in a processor's cache
 _SMALLEST_TILE_NUMEL = 1 << 15
+_SHORTEST_ROW = 64  # elements; a scale and a step a row would cost a bit a parameter
 _LONGEST_WHOLE_ROW = 1 << 22  # longer rows are streamed in pieces
 _KEPT_NBYTES = 128 << 20  # task vectors up to this size are kept between passes instead of read again
+
+
+def is_merged(given: Checkpoint, base: Checkpoint, name: str) -> bool:
+    """Whether a merged model has the base's tensor *name*, in its shape and as floats."""
+    if name not in given.names:
+        return False
+    spec = given.spec(name)
+    return spec.dtype in CODED and spec.shape == base.spec(name).shape
 
 
 def task_vector(base: Tensor, finetuned: Tensor) -> Tensor:
@@ -54,18 +63,70 @@ def examine(base: Checkpoint, base_name: str, part: Part) -> Examined:
         return Examined(part, is_same=True)
     if part.whole_because is not None:
         return Examined(part)
-    sum_squares = sum_magnitudes = 0.0
-    for start in range(0, part.numel, CHUNK_NUMEL):
-        stop = min(start + CHUNK_NUMEL, part.numel)
+    rows, _ = rows_of(base.spec(base_name))
+    row_length = base.spec(base_name).numel // rows
+    rows = max(1, part.numel // row_length)  # a cut vector of one dimension is part of a row
+    squares = torch.zeros(rows, dtype=torch.float64, device="cpu")
+    magnitudes = torch.zeros_like(squares)
+    for start, stop in row_pieces(part.numel, row_length):
         reference, finetuned = base.read(base_name, start, stop), part.expert.checkpoint.read(part.name, start, stop)
         vector = task_vector(reference, finetuned)
-        norm = torch.linalg.vector_norm(vector, dtype=torch.float64).item()
-        if not math.isfinite(norm):
+        first, count = start // row_length, max(1, (stop - start) // row_length)
+        found_squares, found_magnitudes = row_sums(vector.view(count, -1))
+        if not torch.isfinite(found_squares).all():
             _refuse_non_finite(part, reference, finetuned, start)
             return Examined(replace(part, whole_because="its task vector is beyond float32"))
-        sum_squares += norm**2
-        sum_magnitudes += torch.linalg.vector_norm(vector, ord=1, dtype=torch.float64).item()
-    return Examined(part, statistics=TaskStatistics(part.numel, sum_squares, sum_magnitudes))
+        squares[first : first + count] += found_squares
+        magnitudes[first : first + count] += found_magnitudes
+    return Examined(part, statistics=TaskStatistics(part.numel, squares, magnitudes))
+
+
+def unfit(base: Checkpoint, base_name: str, found: Examined) -> str | None:
+    """Why what may be coded had better not be; None where it may."""
+    statistics = found.statistics
+    if statistics is None:
+        return None
+    if not r13(statistics.rms).item():
+        return "its task vector is too small for a scale"
+    if not found.part.is_resized:
+        return None
+    norm = 0.0
+    for start in range(0, found.part.numel, CHUNK_NUMEL):
+        rows = base.read(base_name, start, min(start + CHUNK_NUMEL, found.part.numel))
+        norm += torch.linalg.vector_norm(rows, dtype=torch.float64).item() ** 2
+    # A head with another number of classes, most often.
+    return "its rows are not a resizing of the base's" if statistics.sum_squares >= norm else None
+
+
+def coded_stack(
+    base: Checkpoint, base_name: str, parts: Sequence[Part], given: Checkpoint | None = None
+) -> Stack | None:
+    """The parts of one base tensor that can be coded, as a stack; None where there are none."""
+    found = [examine(base, base_name, part) for part in parts]
+    coded = [one for one in found if one.statistics is not None and unfit(base, base_name, one) is None]
+    return Stack(base, base_name, coded, given) if coded else None
+
+
+def rows_of(spec: TensorSpec) -> tuple[int, int]:
+    """How many rows a coded tensor has, and over how many axes (REC-7).
+
+    Rows run over the first dimension; short ones, as of depthwise convolutions, are not worth a number each.
+    """
+    if len(spec.shape) <= 1:
+        return 1, 1
+    return (spec.shape[0], 1) if spec.numel // spec.shape[0] >= _SHORTEST_ROW else (1, 0)
+
+
+def row_pieces(numel: int, row_length: int) -> Iterator[tuple[int, int]]:
+    """[0, numel) in pieces of about a chunk: of whole rows, or of parts of one row where rows are longer."""
+    start = 0
+    while start < numel:
+        if row_length <= CHUNK_NUMEL:
+            stop = start + CHUNK_NUMEL // row_length * row_length
+        else:
+            stop = min(start + CHUNK_NUMEL, (start // row_length + 1) * row_length)
+        yield start, min(stop, numel)
+        start = stop
 
 
 def trimmable_chunks(base: Checkpoint, base_name: str, part: Part) -> Iterator[Tensor]:
@@ -134,21 +195,24 @@ class Span:
 class Stack:
     """The parts of one base tensor that are to be coded, as tiles of task vectors.
 
-    Several threads may read tiles, once every part was kept (`keep`).
+    Several threads may read tiles, once every part was kept (`keep`) that is to be.
     """
 
-    def __init__(self, base: Checkpoint, name: str, examined: Sequence[Examined]) -> None:
-        self.base, self.name = base, name
+    def __init__(
+        self, base: Checkpoint, name: str, examined: Sequence[Examined], given: Checkpoint | None = None
+    ) -> None:
+        """Stack what was examined; *given* is somebody else's merged model, which has this tensor too."""
+        self.base, self.name, self._given = base, name, given
         self.spec: TensorSpec = base.spec(name)
         self.parts = tuple(found.part for found in examined)
         self.statistics = tuple(found.statistics for found in examined if found.statistics is not None)
-        # Rows run over the first dimension; a tensor of one dimension is one row.
-        self.rows = self.spec.shape[0] if len(self.spec.shape) > 1 else 1
+        self.rows, self.row_axes = rows_of(self.spec)
         self.row_length = self.spec.numel // self.rows
         cuts = sorted({part.numel for part in self.parts} | {self.spec.numel})
         target = max(_SMALLEST_TILE_NUMEL, _TILE_NUMEL // len(self.parts))
         self.rows_are_whole = self.row_length <= _LONGEST_WHOLE_ROW and all(cut % self.row_length == 0 for cut in cuts)
         self.spans = tuple(self._spans(cuts, target))
+        self._positions = {part.expert.task: position for position, part in enumerate(self.parts)}
         keep = sum(part.numel for part in self.parts) * 4 <= _KEPT_NBYTES
         self._kept: dict[str, Tensor] | None = {} if keep else None
 
@@ -164,7 +228,29 @@ class Stack:
             task_vectors=tuple(self._task_vector(self.parts[position], span) for position in taken),
             statistics=tuple(self.statistics[position] for position in taken),
             shared_by=len(covering),
+            first_row=span.row,
+            rows=span.rows,
+            is_whole=self.rows_are_whole,
+            tensor=self.name,
+            shape=self.spec.shape,
+            start=span.start,
+            given=None if self._given is None else self._given_vector(self._given, span),
         )
+
+    def position(self, task: str) -> int:
+        """Of the part of *task*."""
+        return self._positions[task]
+
+    def rows_of(self, position: int) -> int:
+        """Rows of one part."""
+        return max(1, self.parts[position].numel // self.row_length)
+
+    def sum_squares(self, position: int, span: Span) -> float:
+        """Of one part's task vector in *span*; 0 where it does not cover it."""
+        part = self.parts[position]
+        if span.stop > part.numel:
+            return 0.0
+        return float(torch.linalg.vector_norm(self._task_vector(part, span), dtype=torch.float64)) ** 2
 
     def keep(self, position: int) -> None:
         """Hold the task vector of the part at *position* in memory, where all of them are small enough for that."""
@@ -178,12 +264,25 @@ class Stack:
         self._kept[part.expert.task] = whole
 
     def _task_vector(self, part: Part, span: Span) -> Tensor:
-        if self._kept is None:
-            return self._read(part, span.start, span.stop)
-        return self._kept[part.expert.task][span.start : span.stop]
+        kept = None if self._kept is None else self._kept.get(part.expert.task)
+        return self._read(part, span.start, span.stop) if kept is None else kept[span.start : span.stop]
+
+    def _given_vector(self, given: Checkpoint, span: Span) -> Tensor:
+        vector = self._difference(given, self.name, span.start, span.stop)
+        wrong = torch.nonzero(~torch.isfinite(vector))
+        if len(wrong):
+            raise NonFiniteError(
+                f"merge ({given.where})",
+                f"tensor {self.name!r} has NaN or infinity, or is too far from the base (element "
+                f"{span.start + int(wrong[0])}); leave it out of the merged model, or mend the weights",
+            )
+        return vector
 
     def _read(self, part: Part, start: int, stop: int) -> Tensor:
-        return task_vector(self.base.read(self.name, start, stop), part.expert.checkpoint.read(part.name, start, stop))
+        return self._difference(part.expert.checkpoint, part.name, start, stop)
+
+    def _difference(self, checkpoint: Checkpoint, name: str, start: int, stop: int) -> Tensor:
+        return task_vector(self.base.read(self.name, start, stop), checkpoint.read(name, start, stop))
 
     def _spans(self, cuts: Sequence[int], target: int) -> Iterator[Span]:
         start = 0

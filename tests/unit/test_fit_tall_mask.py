@@ -1,47 +1,23 @@
-"""TallMask on tiles: merged vectors, masks and gains against the rule of the paper, wherever the tiles are cut."""
+"""TallMask on tiles: merged vectors, masks and scales against the rule of the paper, wherever the tiles are cut."""
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 import pytest
 import torch
 
-from tallstore.errors import OptionError
-from tallstore.fit import PUBLISHED_GRID, TallMask, TallMaskFit, TaskStatistics, Tile, prepare
-from tests import fit_reference
+from tallstore import TallMask
+from tallstore.fit import PUBLISHED_GRID, prepare
+from tests import fit_cases, fit_reference
+from tests.fit_cases import TASKS, prepared, rebuilt, tile
 from tests.reference import same_bits
 
-RANDOM = torch.Generator().manual_seed(2)
-TASKS = ("a", "b", "c")
+
+def task_vectors(numel=5001):
+    return fit_cases.task_vectors(1.0, 0.5, 2.0, numel=numel, seed=2)
 
 
-def task_vectors(numel=5001, tasks=3):
-    return [torch.randn(numel, generator=RANDOM) * scale for scale in (1.0, 0.5, 2.0)[:tasks]]
-
-
-def statistics(vector):
-    wide = vector.double()
-    return TaskStatistics(vector.numel(), (wide**2).sum().item(), wide.abs().sum().item())
-
-
-def tile(vectors, start=0, stop=None):
-    return Tile(
-        tasks=TASKS[: len(vectors)],
-        task_vectors=tuple(vector[start:stop] for vector in vectors),
-        statistics=tuple(map(statistics, vectors)),
-        shared_by=len(vectors),
-    )
-
-
-def prepared(method, vectors, lambdas=None, pieces=700):
-    """The method at work, its streams in pieces."""
-    streams = {
-        task: lambda vector=vector: (vector[start : start + pieces] for start in range(0, vector.numel(), pieces))
-        for task, vector in zip(TASKS, vectors, strict=False)
-    }
-    return prepare(method, streams, lambdas)
+def at_unit(vectors):
+    return [fit_reference.at_unit(vector) for vector in vectors]
 
 
 # --- merged -----------------------------------------------------------------------------------------------------------
@@ -50,9 +26,33 @@ def prepared(method, vectors, lambdas=None, pieces=700):
 @pytest.mark.parametrize("how", ["sum", "mean", "ties"])
 def test_merged_is_the_sum_the_mean_or_the_disjoint_sum(how):
     vectors = task_vectors()
-    thresholds = [fit_reference.trim_threshold([vector]) for vector in vectors]
-    merged = prepared(TallMask(merge=how), vectors).merge(tile(vectors))
+    thresholds = [fit_reference.threshold_of([vector], 0.2) for vector in vectors]
+    merged = prepared(TallMask(merge=how), vectors).merge(tile(vectors))["merged"]
     assert same_bits(merged, fit_reference.merge(vectors, how, thresholds))
+
+
+@pytest.mark.parametrize("how", ["sum", "mean"])
+def test_normalised_tasks_count_the_same_however_far_they_moved(how):
+    vectors = task_vectors()
+    fit = prepared(TallMask(merge=how, normalise=True), vectors)
+    merged = fit.merge(tile(vectors))["merged"]
+    assert same_bits(merged, fit_reference.merge(at_unit(vectors), how))
+    further = [vectors[0], vectors[1] * 2.0**10, vectors[2]]
+    assert same_bits(fit.merge(tile(further))["merged"], merged)
+
+
+def test_ties_trims_before_it_normalises():
+    vectors = task_vectors()
+    trimmed = [torch.where(v.abs() >= fit_reference.threshold_of([v], 0.2), v, 0.0) for v in vectors]
+    merged = prepared(TallMask(merge="ties", normalise=True), vectors).merge(tile(vectors))["merged"]
+    units = [part * (1 / fit_reference.rms(v)) for part, v in zip(trimmed, vectors, strict=True)]
+    assert same_bits(merged, fit_reference.merge(units, "ties", [0.0] * 3))
+
+
+def test_what_somebody_else_merged_is_taken_as_it_is():
+    vectors, (given,) = task_vectors(), fit_cases.task_vectors(3.0, numel=5001, seed=9)
+    fit = prepared(TallMask(merge="merged.safetensors"), vectors)
+    assert same_bits(fit.merge(tile(vectors, 100, 900, given=given))["merged"], given[100:900])
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------
@@ -64,48 +64,61 @@ def test_merged_is_the_sum_the_mean_or_the_disjoint_sum(how):
 def test_masks_follow_the_rule_from_merged_as_stored(how, dtype, mask_lambda):
     vectors = task_vectors(2000)
     fit = prepared(TallMask(mask_lambda, how), vectors)
-    stored = fit_reference.store(fit.merge(tile(vectors))[None], dtype).values[0]
+    stored = fit_reference.store(fit.merge(tile(vectors))["merged"][None], dtype).values[0]
     for position, vector in enumerate(vectors):
-        codes = fit.code(tile(vectors), position, stored)
+        codes = fit.code(tile(vectors), position, {"merged": stored}).codes
         assert codes.dtype == torch.uint8
         assert same_bits(codes.to(torch.int8), fit_reference.tall_sides(vector, stored, mask_lambda))
 
 
+@pytest.mark.parametrize("how", ["sum", "mean", "ties"])
+@pytest.mark.parametrize("normalise", [False, True])
+def test_it_agrees_with_the_formula_in_float64(how, normalise):
+    vectors = task_vectors(20_000)
+    fit = prepared(TallMask(0.6, how, normalise=normalise), vectors)
+    shared = fit.merge(tile(vectors))
+    thresholds = [fit_reference.threshold_of([vector], 0.2) if how == "ties" else 0.0 for vector in vectors]
+    expected = fit_reference.tall_mask(vectors, [0.6] * 3, how, thresholds=thresholds, normalise=normalise)
+    for position, formula in enumerate(expected):
+        found = rebuilt(fit, fit.code(tile(vectors), position, shared), shared)
+        assert formula.decided.float().mean() > 0.999
+        torch.testing.assert_close(found[formula.decided], formula.sides[formula.decided], rtol=1e-4, atol=1e-6)
+
+
 def test_the_comparison_is_strict():
     vector, merged = torch.tensor([1.0, 1.0, -1.0, -1.0]), torch.tensor([2.0, 1.999, -2.0, -2.001])
-    assert prepared(TallMask(1.0), [vector]).code(tile([vector]), 0, merged).tolist() == [0, 1, 0, 0]
+    codes = prepared(TallMask(1.0), [vector]).code(tile([vector]), 0, {"merged": merged}).codes
+    assert codes.tolist() == [0, 1, 0, 0]
 
 
 def test_bits_are_cleared_where_merged_is_zero():
     """There the rule itself sets them for every lambda below 1."""
     vector, merged = torch.tensor([1.0, -1.0, 1.0]), torch.tensor([0.0, 0.0, 1.0])
-    assert prepared(TallMask(0.4), [vector]).code(tile([vector]), 0, merged).tolist() == [0, 0, 1]
+    assert prepared(TallMask(0.4), [vector]).code(tile([vector]), 0, {"merged": merged}).codes.tolist() == [0, 0, 1]
 
 
 def test_the_rule_compares_distances_to_the_expert():
     """|base - finetuned| > lambda * |base + merged - finetuned|, on whole checkpoints in float64."""
-    base = torch.randn(3000, generator=RANDOM, dtype=torch.float64)
+    base = torch.randn(3000, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     vectors = task_vectors(3000)
     merged = fit_reference.merge(vectors, "sum")
     for position, vector in enumerate(vectors):
         finetuned = base + vector.double()
         near, far = (base - finetuned).abs(), (base + merged.double() - finetuned).abs()
-        codes = prepared(TallMask(0.6), vectors).code(tile(vectors), position, merged)
+        codes = prepared(TallMask(0.6), vectors).code(tile(vectors), position, {"merged": merged}).codes
         decided = (near - 0.6 * far).abs() > 1e-6
         assert torch.equal((codes > 0)[decided], (near > 0.6 * far)[decided])
 
 
 def test_each_task_has_its_own_lambda():
     vectors = task_vectors()
-    fit = prepared(TallMask((0.2, 1.0)), vectors, {"a": 0.2, "b": 1.0, "c": 0.2})
-    merged = fit.merge(tile(vectors))
+    fit = prepared(TallMask(0.2), vectors).with_lambdas({"a": 0.2, "b": 1.0, "c": 0.2})
+    shared = fit.merge(tile(vectors))
     for position, mask_lambda in enumerate((0.2, 1.0, 0.2)):
-        expected = fit_reference.tall_sides(vectors[position], merged, mask_lambda)
-        assert same_bits(fit.code(tile(vectors), position, merged).to(torch.int8), expected)
-    again = fit.with_lambdas(dict.fromkeys(TASKS, 1.0))
-    assert same_bits(
-        again.code(tile(vectors), 0, merged).to(torch.int8), fit_reference.tall_sides(vectors[0], merged, 1.0)
-    )
+        expected = fit_reference.tall_sides(vectors[position], shared["merged"], mask_lambda)
+        assert same_bits(fit.code(tile(vectors), position, shared).codes.to(torch.int8), expected)
+    again = fit.with_lambdas(dict.fromkeys(TASKS, 1.0)).code(tile(vectors), 0, shared).codes.to(torch.int8)
+    assert same_bits(again, fit_reference.tall_sides(vectors[0], shared["merged"], 1.0))
 
 
 @pytest.mark.parametrize("how", ["sum", "mean", "ties"])
@@ -113,58 +126,43 @@ def test_each_task_has_its_own_lambda():
 def test_pieces_are_fitted_as_the_whole_is(how, length):
     vectors = task_vectors()
     fit = prepared(TallMask(merge=how), vectors)
-    whole = fit.merge(tile(vectors))
-    codes = fit.code(tile(vectors), 1, whole)
+    shared = fit.merge(tile(vectors))
+    codes = fit.code(tile(vectors), 1, shared).codes
     for start in range(0, 5001, max(length, 500)):
-        piece = tile(vectors, start, start + length)
-        assert same_bits(fit.merge(piece), whole[start : start + length])
-        assert same_bits(fit.code(piece, 1, whole[start : start + length]), codes[start : start + length])
+        piece, part = tile(vectors, start, start + length), shared["merged"][start : start + length]
+        assert same_bits(fit.merge(piece)["merged"], part)
+        assert same_bits(fit.code(piece, 1, {"merged": part}).codes, codes[start : start + length])
 
 
 # --- scales -----------------------------------------------------------------------------------------------------------
 
 
-def test_gain_one_takes_the_projection_to_one_and_published_is_one():
-    vector = task_vectors()[0]
-    assert TallMaskFit(TallMask(), {}).gain(statistics(vector), 2.0) == statistics(vector).sum_squares / 2.0
-    assert TallMaskFit(TallMask(gain="published"), {}).gain(statistics(vector), 2.0) == 1.0
-
-
-def test_the_rules_own_scale_is_one_and_that_of_a_mean_the_number_of_its_tasks():
-    vector = task_vectors()[0]
-    for method, shared_by, scale in (
-        (TallMask(), 20, 1.0),
-        (TallMask(merge="ties"), 20, 1.0),
-        (TallMask(merge="mean"), 20, 20.0),
+@pytest.mark.parametrize(
+    ("method", "tasks", "scale"),
+    [
+        (TallMask(), 3, 1.0),
+        (TallMask(merge="ties"), 3, 1.0),
+        (TallMask(merge="mean"), 3, 3.0),
         (TallMask(merge="mean"), 1, 1.0),
-        (TallMask(merge="mean", gain="published"), 20, 1.0),
-    ):
-        assert TallMaskFit(method, {}).fitted_scale(statistics(vector), shared_by) == scale
+        (TallMask(merge="mean", gain="least-squares"), 3, 3.0),
+        (TallMask(merge="mean", gain="published"), 3, 1.0),
+    ],
+    ids=str,
+)
+def test_the_rules_own_scale_is_one_and_that_of_a_mean_the_number_of_its_tasks(method, tasks, scale):
+    vectors = task_vectors()[:tasks]
+    fit = prepared(method, vectors)
+    assert fit.code(tile(vectors), 0, fit.merge(tile(vectors))).scale == scale
+    normalised = prepared(TallMask(merge=method.merge, gain=method.gain, normalise=True), vectors)
+    found = normalised.code(tile(vectors), 0, normalised.merge(tile(vectors))).scale
+    assert found == pytest.approx(scale * fit_reference.rms(vectors[0]), rel=1e-12)
 
 
-# --- options ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mask_lambda", [-0.1, math.nan, math.inf, (), (0.4, -1), "0.4", None, (0.4, None), {}])
-def test_a_mask_lambda_that_is_no_number_from_0_is_refused(mask_lambda):
-    with pytest.raises(OptionError, match="mask_lambda"):
-        TallMask(mask_lambda)
-
-
-@pytest.mark.parametrize(("option", "value"), [("merge", "max"), ("merge", None), ("gain", "two"), ("gain", 1.0)])
-def test_an_unknown_merge_or_gain_is_refused_with_the_known_ones(option, value):
-    with pytest.raises(OptionError, match=f"{option} is .*give one of '"):
-        TallMask(**{option: value})
-
-
-def test_candidates_are_sorted_and_recorded_as_plain_numbers():
-    method = TallMask((0.6, 0.2, 0.4))
-    assert method.lambdas == (0.2, 0.4, 0.6)
-    assert method.parameters == {"mask_lambda": [0.2, 0.4, 0.6], "merge": "sum", "gain": "one"}
-    assert TallMask(np.array([0.5, 0.25])).parameters["mask_lambda"] == [0.25, 0.5]
-    assert TallMask(1).parameters["mask_lambda"] == 1.0
-
-
-def test_published_is_the_papers_own():
-    assert TallMask.published() == TallMask(mask_lambda=0.4, merge="ties", gain="published")
+def test_the_published_grid_is_the_papers():
     assert PUBLISHED_GRID == (0.2, 0.3, 0.4, 0.5, 0.6)
+
+
+def test_lambdas_may_be_given_by_task():
+    inputs = fit_cases.Inputs({task: lambda: iter(()) for task in "ab"})
+    assert prepare(TallMask(0.7), inputs).lambdas == {"a": 0.7, "b": 0.7}
+    assert prepare(TallMask((0.2, 0.7)), inputs, {"a": 0.2, "b": 0.7}).lambdas == {"a": 0.2, "b": 0.7}

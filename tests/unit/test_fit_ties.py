@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tallstore.fit.ties import KEPT, disjoint_sum, trim_threshold
+from tallstore.fit.ties import KEPT, disjoint_sum, trim_threshold, trimmed
 from tests import fit_reference
 from tests.reference import same_bits
 
@@ -39,7 +39,7 @@ def test_for_any_share(kept):
 def test_it_is_over_all_tensors_together():
     small, large = torch.randn(800, generator=RANDOM) * 1e-3, torch.randn(40, 20, generator=RANDOM)
     found = trim_threshold(streamed(small, large))
-    assert found == fit_reference.trim_threshold([small, large]) == kthvalue(torch.cat([small, large.view(-1)]))
+    assert found == fit_reference.threshold_of([small, large], KEPT) == kthvalue(torch.cat([small, large.view(-1)]))
     assert (small.abs() < found).all()  # the fifth that is kept lies in one tensor
 
 
@@ -90,26 +90,27 @@ def test_it_is_streamed_twice_and_never_held():
 
 def test_equals_of_the_threshold_stay():
     vector = torch.tensor([0.5, -1.0, 1.0, 2.0])
-    assert disjoint_sum([vector], [1.0]).tolist() == [0.0, -1.0, 1.0, 2.0]
+    assert trimmed(vector, 1.0).tolist() == [0.0, -1.0, 1.0, 2.0]
 
 
 def test_the_sign_of_the_sum_is_elected_and_only_what_has_it_is_added():
     first = torch.tensor([3.0, 3.0, -3.0, 1.0, 0.0])
     second = torch.tensor([1.0, -1.0, 1.0, 1.0, -2.0])
     third = torch.tensor([1.0, -1.0, -1.0, -5.0, 0.0])
-    assert disjoint_sum([first, second, third], [0.0] * 3).tolist() == [5.0, 3.0, -4.0, -5.0, -2.0]
+    assert disjoint_sum([first, second, third]).tolist() == [5.0, 3.0, -4.0, -5.0, -2.0]
 
 
 def test_what_was_trimmed_has_no_vote():
     first, second = torch.tensor([0.9, 2.0]), torch.tensor([-0.1, -1.0])
-    assert disjoint_sum([first, second], [1.0, 0.05]).tolist() == [pytest.approx(-0.1), 2.0]
+    assert disjoint_sum([trimmed(first, 1.0), trimmed(second, 0.05)]).tolist() == [pytest.approx(-0.1), 2.0]
 
 
 def test_where_the_values_cancel_nothing_is_merged():
-    assert disjoint_sum([torch.tensor([2.0]), torch.tensor([-2.0])], [0.0, 0.0]).tolist() == [0.0]
+    assert disjoint_sum([torch.tensor([2.0]), torch.tensor([-2.0])]).tolist() == [0.0]
 
 
 def test_it_is_the_references():
     vectors = [torch.randn(10_000, generator=RANDOM) for _ in range(5)]
     thresholds = [kthvalue(vector) for vector in vectors]
-    assert same_bits(disjoint_sum(vectors, thresholds), fit_reference.merge(vectors, "ties", thresholds))
+    kept = [trimmed(vector, threshold) for vector, threshold in zip(vectors, thresholds, strict=True)]
+    assert same_bits(disjoint_sum(kept), fit_reference.merge(vectors, "ties", thresholds))

@@ -26,7 +26,7 @@ def check(packed, base, experts, fitted, *, gain=None):
             assert same_bits(packed.sides(task, name), sides), (task, name)
             entry = packed.entry(task, name)
             if gain is None:
-                due = fit_reference.gain_one(vectors[task], sides, shared.values)
+                due = fit_reference.gain_of("one", vectors[task], sides * shared.values)
                 assert entry.gain == pytest.approx(due, rel=2**-13)
                 assert entry.gain == r13(entry.gain)
             else:
@@ -71,7 +71,8 @@ def test_the_published_method_has_gain_one_point_zero(tmp_path):
     packed = pack(base, experts, tmp_path / "bundle", method=TallMask.published())
     fitted = fit_reference.fit_tall(base, experts, "I8", "ties", dict.fromkeys(experts, 0.4))
     check(packed, base, experts, fitted, gain=1.0)
-    assert packed.group.method.parameters == {"mask_lambda": 0.4, "merge": "ties", "gain": "published"}
+    recorded = {"mask_lambda": 0.4, "merge": "ties", "gain": "published", "normalise": False}
+    assert packed.group.method.parameters == recorded
 
 
 @pytest.mark.parametrize(

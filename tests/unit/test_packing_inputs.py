@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tallstore
+from tallstore.checkpoints import open_checkpoint
 from tests.packing_cases import assert_same, base_model, contents, experts_of, normal, pack, tuned
 
 
@@ -87,6 +88,15 @@ def test_directories_whose_shards_are_in_different_orders(model, experts, expect
     write_directory(tmp_path / "c", experts["c"], shards=[names[::2], names[1::2]])
     pack(tmp_path / "base", {task: tmp_path / task for task in experts}, tmp_path / "bundle")
     assert contents(tmp_path / "bundle") == expected
+
+
+def test_checkpoints_that_are_open_already(model, experts, expected, tmp_path):
+    opened = {task: open_checkpoint(expert) for task, expert in experts.items()}
+    pack(model, opened, tmp_path / "bundle")
+    assert contents(tmp_path / "bundle") == expected
+    for checkpoint in opened.values():
+        with pytest.raises(ValueError, match="closed"):
+            checkpoint.read(checkpoint.names[0])
 
 
 def test_parameters_that_need_gradients(model, experts, expected, tmp_path):
@@ -197,6 +207,7 @@ CONFIG = '{"architectures": ["Model"]}'
 
 def test_companion_files_are_carried_once(model, experts, tmp_path):
     shared = {"config.json": CONFIG, "tokenizer.json": "{}" * 1000, "1_Pooling/config.json": "{}"}
+    shared["modules.json"] = '[{"path": "1_Pooling"}]'
     for task in "ab":
         own = {
             "labels.txt": task,
@@ -208,10 +219,10 @@ def test_companion_files_are_carried_once(model, experts, tmp_path):
         write_directory(tmp_path / task, experts[task], companions=shared | own | {"README.md": "#", "notes.bin": "0"})
     packed = pack(model, {"a": tmp_path / "a", "b": tmp_path / "b", "c": experts["c"]}, tmp_path / "bundle")
     carried = {task: {file.name: file for file in table.files} for task, table in packed.tables.items()}
-    assert sorted(carried["a"]) == ["1_Pooling/config.json", "config.json", "labels.txt", "tokenizer.json", "vocab.txt"]
+    assert sorted(carried["a"]) == sorted([*shared, "labels.txt", "vocab.txt"])
     assert carried["c"] == {}
     stored = list((tmp_path / "bundle/files").iterdir())
-    assert len(stored) == len({file.sha256 for files in carried.values() for file in files.values()}) == 6
+    assert len(stored) == len({file.sha256 for files in carried.values() for file in files.values()}) == 7
     for task in "ab":
         for name, file in carried[task].items():
             held = tmp_path / "bundle/files" / file.sha256

@@ -51,7 +51,7 @@ def test_what_is_not_finite_where_it_would_be_coded(refused, experts, value, met
     message = refused(errors.NonFiniteError, experts, method=method)
     assert "expert 'b'" in message
     assert "tensor 'block.weight'" in message
-    assert f"element {2 * 63 + 5}" in message
+    assert f"element {2 * 65 + 5}" in message
     assert "private='block.weight'" in message
 
 

@@ -8,13 +8,11 @@ import pytest
 import torch
 
 import tallstore
-from tallstore import SignedMask, TallMask
+from tallstore import TallMask
 from tallstore.sizes import readable
 from tests import fit_reference
-from tests.packing_cases import base_model, experts_of, forced, normal, pack, tuned
+from tests.packing_cases import METHODS, base_model, experts_of, forced, normal, pack, tuned
 
-METHODS = [SignedMask(), TallMask(), TallMask.published()]
-IDS = ["signed", "tall", "published"]
 CODED = ("block.kernel", "block.weight", "embed.weight", "norm.weight")
 
 
@@ -76,20 +74,34 @@ def test_whole_tensors_are_listed_with_their_reasons_and_cost(tmp_path):
 # --- fidelity ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS, ids=IDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_cosine_and_gain_are_those_of_the_weights_that_a_reader_gets(tmp_path, dtype, method):
+@pytest.mark.parametrize(
+    ("name", "dtype", "expert_dtype"),
+    [
+        *((name, torch.float32, torch.float32) for name in METHODS),
+        *((name, torch.float64, torch.bfloat16) for name in METHODS),
+        *((name, dtype, dtype) for name in ("signed", "uniform centred") for dtype in (torch.bfloat16, torch.float16)),
+        *(("two levels", torch.float32, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float64)),
+        *(("sign centred", torch.bfloat16, dtype) for dtype in (torch.float16, torch.float32, torch.float64)),
+    ],
+    ids=str,
+)
+def test_cosine_and_gain_are_those_of_the_weights_that_a_reader_gets(tmp_path, name, dtype, expert_dtype):
     """After the final rounding, over every coded tensor together."""
     base = base_model(dtype)
-    experts = experts_of(base)
-    packed = pack(base, experts, tmp_path / "bundle", method=method)
+    experts = {
+        task: {key: tensor.to(expert_dtype) if tensor.is_floating_point() else tensor for key, tensor in expert.items()}
+        for task, expert in experts_of(base).items()
+    }
+    packed = pack(base, experts, tmp_path / "bundle", method=METHODS[name])
     for task, expert in experts.items():
+        assert not {"private", "same"} & {packed.kinds(task)[key] for key in CODED}
+        assert {packed.states[task][key].dtype for key in CODED} == {expert_dtype}
         pairs = [
             (
-                packed.states[task][name].double() - base[name].double(),
-                fit_reference.task_vector(base[name], expert[name]),
+                packed.states[task][key].double() - base[key].double(),
+                fit_reference.task_vector(base[key], expert[key]),
             )
-            for name in CODED
+            for key in CODED
         ]
         cosine, gain = fit_reference.cosine_and_gain(pairs)
         reported = next(found for found in packed.report.tasks if found.name == task)
@@ -161,7 +173,7 @@ def test_the_report_is_json_and_a_few_lines(tmp_path):
     plain = json.loads(json.dumps(report.to_dict()))
     assert plain["path"] == str(tmp_path / "bundle")
     assert plain["merged_dtype"] == "BF16"
-    assert plain["method"] == "TallMask(mask_lambda=1.0, merge='sum', gain='one')"
+    assert plain["method"] == "TallMask(mask_lambda=1.0, merge='sum', gain='one', normalise=False)"
     assert plain["checkpoints_nbytes"] == report.checkpoints_nbytes
     assert plain["tasks"][0]["estimates"]["sign"]["bits"] == 1.0
     assert {"tensor", "reason", "nbytes"} == set(plain["tasks"][0]["whole"][0])

@@ -7,10 +7,10 @@ import torch
 
 from tallstore import SignedMask, TallMask
 from tests import fit_reference
-from tests.packing_cases import assert_same, normal, pack, tuned
+from tests.packing_cases import METHODS, assert_same, normal, pack, tuned
 from tests.reference import same_bits
 
-METHODS = [SignedMask(), TallMask(), TallMask.published()]
+SELECTING = ["signed", "signed rows", "tall", "tall normalised", "tall mean", "emr", "least squares", "two levels"]
 
 
 def moved(tensor, seed, scale=0.02):
@@ -20,37 +20,71 @@ def moved(tensor, seed, scale=0.02):
 # --- resized vocabularies ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS, ids=["signed", "tall", "published"])
-def test_resized_vocabularies_are_extended(tmp_path, method):
-    """Longer and shorter than the base, each another: leading rows are coded, further rows come back bit for bit."""
-    base = {"embed": normal(100, 60), "bias": normal(5000, seed=1), "w": normal(80, 60, seed=2)}
+def vocabularies():
+    """Longer and shorter than the base, each another; with whole rows, with short ones, and of one dimension."""
+    base = {"embed": normal(100, 60), "wide": normal(100, 70, seed=3), "bias": normal(5000, seed=1)}
+    base["w"] = normal(80, 60, seed=2)
     experts = {}
     for seed, (task, rows, length) in enumerate(
         [("a", 130, 6000), ("b", 90, 4500), ("c", 100, 5000), ("d", 101, 5001)]
     ):
-        embed = torch.cat([moved(base["embed"], seed), normal(50, 60, seed=70 + seed)])[:rows]
-        bias = torch.cat([moved(base["bias"], seed), normal(2000, seed=80 + seed)])[:length]
-        experts[task] = {"embed": embed, "bias": bias, "w": moved(base["w"], seed)}
+        experts[task] = {
+            name: torch.cat([moved(base[name], seed), normal(50, size, seed=70 + seed)])[:rows]
+            for name, size in (("embed", 60), ("wide", 70))
+        }
+        experts[task]["bias"] = torch.cat([moved(base["bias"], seed), normal(2000, seed=80 + seed)])[:length]
+        experts[task]["w"] = moved(base["w"], seed)
+    return base, experts
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_resized_vocabularies_are_extended_under_every_kind(tmp_path, name):
+    """Leading rows are coded, further rows come back bit for bit."""
+    base, experts = vocabularies()
+    method = METHODS[name]
     packed = pack(base, experts, tmp_path / "bundle", method=method)
     coded = packed.kinds("c")["embed"]
-    assert packed.kinds("a") == {"bias": "extended", "embed": "extended", "w": coded}
+    for resized in ("embed", "wide", "bias"):
+        assert packed.kinds("a")[resized] == packed.kinds("b")[resized] == "extended"
+        assert packed.entry("a", resized).leading.__struct_config__.tag == coded
+        assert packed.entry("b", resized).leading.__struct_config__.tag == coded
+    assert packed.kinds("a")["w"] == coded
     assert (packed.entry("a", "embed").rows, packed.entry("b", "embed").rows) == (100, 90)
     assert packed.entry("b", "embed").further is None
     assert packed.whole("a") == {
         "bias": "rows from 5000, which the base does not have",
         "embed": "rows from 100, which the base does not have",
+        "wide": "rows from 100, which the base does not have",
     }
+    by_row = getattr(method, "scale", "tensor") == "row"
+    assert [packed.gains(task, "wide").numel() for task in "abc"] == ([100, 90, 100] if by_row else [1, 1, 1])
     for task, expert in experts.items():
-        for name, rows in (("embed", 100), ("bias", 5000)):
-            found = packed.states[task][name]
-            assert found.shape == expert[name].shape
-            assert same_bits(found[rows:], expert[name][rows:])
+        for resized, rows in (("embed", 100), ("wide", 100), ("bias", 5000)):
+            found = packed.states[task][resized]
+            assert found.shape == expert[resized].shape
+            assert same_bits(found[rows:], expert[resized][rows:])
             both = min(rows, len(found))
-            tau = fit_reference.task_vector(base[name][:both], expert[name][:both])
-            cosine, gain = fit_reference.cosine_and_gain([(found[:both] - base[name][:both], tau)])
+            tau = fit_reference.task_vector(base[resized][:both], expert[resized][:both])
+            cosine, gain = fit_reference.cosine_and_gain([(found[:both] - base[resized][:both], tau)])
             assert cosine > 0.6
-            if method.__class__ is SignedMask or method.gain == "one":
-                assert gain == pytest.approx(1, abs=1e-3)
+            if method.gain == "one":
+                assert gain == pytest.approx(1, abs=2.0**-12)
+
+
+@pytest.mark.parametrize("name", SELECTING)
+def test_codes_of_resized_vocabularies_are_chosen_by_the_shared_vectors_as_stored(tmp_path, name):
+    """Of the tasks that have a row; bit for bit."""
+    base, experts = vocabularies()
+    packed = pack(base, experts, tmp_path / "bundle", method=METHODS[name])
+    for resized, row_length in (("wide", 70), ("bias", 1)):
+        stored = packed.stored(resized)
+        for task, expert in experts.items():
+            both = min(len(base[resized]), len(expert[resized]))
+            assert both * row_length >= 4096
+            tau = fit_reference.task_vector(base[resized][:both], expert[resized][:both])
+            shared = {role: vector[:both] for role, vector in stored.items()}
+            due = fit_reference.codes_due(METHODS[name], tau, shared, alone=False)
+            assert same_bits(packed.codes(task, resized), due), (task, resized)
 
 
 def test_resized_rows_are_shared_by_the_tasks_that_have_them(tmp_path):
@@ -71,7 +105,7 @@ def test_resized_rows_are_shared_by_the_tasks_that_have_them(tmp_path):
         (120, 130, ("long", "middle")),
         (130, 150, ("long",)),
     ):
-        units = [fit_reference.unit_magnitude(vectors[task])[first:last] for task in sharers]
+        units = [fit_reference.at_unit(vectors[task]).abs()[first:last] for task in sharers]
         merged[first:last] = fit_reference.in_order(units) / len(units)
     codes, _ = packed.shared("embed")
     assert same_bits(codes, merged)

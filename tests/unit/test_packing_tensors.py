@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -225,18 +227,6 @@ def test_experts_that_are_equal_come_back_equal(tmp_path):
     assert_same(packed.states["twin"], packed.states["a"])
 
 
-def test_where_the_fit_leaves_nothing_the_tensor_is_whole(tmp_path):
-    """Two equal experts at a threshold above one: neither exceeds the mean of both."""
-    base = {"w": normal(80, 60), "v": normal(80, 60, seed=1)}
-    tensor = moved(base["w"], 3)
-    experts = {task: {"w": tensor, "v": moved(base["v"], seed)} for seed, task in enumerate("ab", start=1)}
-    packed = pack(base, experts, tmp_path / "bundle", method=SignedMask(1.5))
-    assert set(packed.whole("a")) == {"w"}
-    assert packed.whole("a") == packed.whole("b")
-    assert_same(packed.states["a"], experts["a"], "w")
-    assert [vector.tensor for vector in packed.group.vectors] == ["v"]
-
-
 # --- patterns ---------------------------------------------------------------------------------------------------------
 
 
@@ -256,3 +246,40 @@ def test_one_pattern_may_be_given_as_text(tmp_path):
     packed = pack(base, experts_of(base), tmp_path / "bundle", private="*.weight")
     assert packed.kinds("a")["block.weight"] == "private"
     assert packed.kinds("a")["block.kernel"] == "signed"
+
+
+# --- compression ------------------------------------------------------------------------------------------------------
+
+
+def codecs_of(packed):
+    """How every payload, and every pool, of every table of a bundle is stored."""
+    found = set()
+
+    def look(value):
+        if isinstance(value, dict):
+            found.update({value["codec"]} if "codec" in value else ())
+            value = list(value.values())
+        for item in value if isinstance(value, list) else ():
+            look(item)
+
+    for path in [*packed.root.glob("groups/*/group.json"), *packed.root.glob("tasks/*/task.json")]:
+        look(json.loads(path.read_bytes()))
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS, ids=["signed", "tall", "published"])
+def test_without_compression_every_payload_is_raw_and_weights_are_the_same(tmp_path, method):
+    base = base_model() | {"counts": torch.zeros(3000, 3, dtype=torch.int64), "embed.large": normal(500, 20, seed=8)}
+    experts = experts_of(base)
+    for seed, expert in enumerate(experts.values()):
+        expert["counts"][seed] = seed + 1  # whole, and not pooled
+        expert["embed.large"] = moved(torch.cat([base["embed.large"], normal(400, 20)]), seed + 1)  # further rows
+        expert["zeros"] = torch.zeros(700)  # pooled, and the pool is worth compressing
+    small = pack(base, experts, tmp_path / "small", method=method)
+    raw = pack(base, experts, tmp_path / "raw", method=method, compress=False)
+    assert codecs_of(small) >= {"zstd", "planes-zstd", "pooled"}
+    assert codecs_of(raw) == {"raw", "pooled"}
+    assert raw.report.bundle_nbytes > small.report.bundle_nbytes
+    for task in experts:
+        assert raw.kinds(task) == small.kinds(task)
+        assert_same(raw.states[task], small.states[task])

@@ -1,4 +1,4 @@
-"""How far a pack has come, over every pass that it makes."""
+"""How far a long piece of work has come, over every pass that it makes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Meter:
         """Begin the first phase.
 
         Args:
-            progress: is told; None tells nobody.
+            progress: is told, by one thread at a time; None tells nobody.
             phases: the bytes that each phase will read, about.
         """
         self._progress, self._left = progress, list(phases)

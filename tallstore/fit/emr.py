@@ -1,0 +1,109 @@
+"""EMR-Merging (arXiv 2405.17461): elect a sign, mask by it, rescale.
+
+    merged   = gamma * max over the tasks that agree with gamma of |tau_t|,     gamma = sign(sum over tasks of tau_t)
+    mask_t   = tau_t * merged > 0
+    lambda_t = sum |tau_t| / sum |mask_t * merged|                              over all parameters of the task
+    expert_t = base + lambda_t * mask_t * merged                                gain="published"
+
+Where task vectors cancel exactly, no sign is elected and merged is 0, as in the paper's formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+
+from tallstore.fit.gain import Gain, check_gain
+from tallstore.fit.sides import Kind
+from tallstore.fit.tile import Coded, Shared, Tile
+from tallstore.format.manifest import Role, Scalar, SharedDtype
+
+
+@dataclass(frozen=True)
+class Emr:
+    """EMR-Merging's elected vector and masks.
+
+    Args:
+        gain: "one" or "least-squares" scale a tensor; "published" is the paper's rescaler, one number a task, which
+            takes another pass over all task vectors.
+    """
+
+    gain: Gain = "one"
+
+    name: ClassVar = "emr"
+    merged_dtype: ClassVar[SharedDtype] = "I8"
+    allowed_dtypes: ClassVar[frozenset[SharedDtype]] = frozenset({"I8", "F16", "BF16", "F32"})
+    minimum_experts: ClassVar = 2
+
+    def __post_init__(self) -> None:
+        """Refuse what is no gain."""
+        check_gain("Emr", self.gain)
+
+    @property
+    def parameters(self) -> dict[str, Scalar | list[Scalar]]:
+        """What group.json records."""
+        return {"gain": self.gain}
+
+
+@dataclass(frozen=True)
+class EmrFit:
+    """An Emr at work.
+
+    Attributes:
+        rescalers: lambda_t by task; empty unless the gain is the published one.
+    """
+
+    method: Emr
+    rescalers: Mapping[str, float] = field(default_factory=dict)
+
+    kind: ClassVar[Kind] = "mask"
+    levels: ClassVar = None
+    roles: ClassVar[tuple[Role, ...]] = ("merged",)
+    fallback: ClassVar = None
+
+    @classmethod
+    def prepare(cls, method: Emr, tiles: Callable[[], Iterable[Tile]]) -> EmrFit:
+        """Sum up both sides of every task's rescaler, if they are asked for: one pass over *tiles*."""
+        if method.gain != "published":
+            return cls(method)
+        unscaled = cls(method)
+        task_vectors: dict[str, float] = {}
+        masked: dict[str, float] = {}
+        for tile in tiles():
+            if not tile.tasks:
+                continue
+            merged = unscaled.merge(tile)["merged"]
+            for task, vector in zip(tile.tasks, tile.task_vectors, strict=True):
+                agreeing = torch.where(torch.sign(vector) * torch.sign(merged) > 0, merged, 0.0)
+                task_vectors[task] = task_vectors.get(task, 0.0) + vector.abs().sum(dtype=torch.float64).item()
+                masked[task] = masked.get(task, 0.0) + agreeing.abs().sum(dtype=torch.float64).item()
+        return cls(method, {task: task_vectors[task] / total for task, total in masked.items() if total})
+
+    @property
+    def gain(self) -> Gain:
+        """Of the method."""
+        return self.method.gain
+
+    def chosen(self, task: str) -> Mapping[str, float]:
+        """The task's rescaler, where it is the paper's."""
+        return {"rescaler": self.rescalers[task]} if task in self.rescalers else {}
+
+    def merge(self, tile: Tile) -> Shared:
+        """The elected vector of a tile."""
+        total = torch.zeros_like(tile.task_vectors[0])
+        for vector in tile.task_vectors:
+            total += vector
+        elected = torch.sign(total)
+        largest = torch.zeros_like(total)
+        for vector in tile.task_vectors:
+            torch.maximum(largest, vector * elected, out=largest)
+        return {"merged": largest * elected}
+
+    def code(self, tile: Tile, position: int, shared: Shared) -> Coded:
+        """Mask of the task at *position*, as 0 and 1."""
+        # Signs are compared, not the product's: a product of small numbers is 0.
+        agrees = torch.sign(tile.task_vectors[position]) * torch.sign(shared["merged"]) > 0
+        return Coded(agrees.to(torch.uint8), self.rescalers.get(tile.tasks[position], 1.0))

@@ -1,0 +1,134 @@
+"""Least squares: the shared vectors whose masks leave the smallest squared error, exactly.
+
+With v_t = tau_t / rms(tau_t), for each parameter on its own:
+
+    levels=1    merged = c = mean(S) for the set S of tasks of largest gain (sum of S)^2 / |S|; the other tasks take 0.
+                The best S is a prefix of the values sorted from the largest or from the smallest.
+    levels=2    merged, merged_lo = the means of the best split of the sorted values into an upper and a lower run
+
+Each task then takes the level nearest to its own value, from the shared vectors as stored. Both are fixed points: the
+sets that made a mean are those that choose it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from tallstore.fit.gain import Gain, check_choice, check_gain
+from tallstore.fit.sides import Kind
+from tallstore.fit.tile import Coded, ScaleBy, Shared, Tile
+from tallstore.format.manifest import Role, Scalar, SharedDtype
+
+
+@dataclass(frozen=True)
+class LeastSquares:
+    """Masks of least squared error over one or two shared vectors.
+
+    Args:
+        levels: 1 is base + mask * merged; 2 is base + (bit ? merged : merged_lo).
+        scale: what is brought to unit root mean square before tasks are compared: "tensor" or "row".
+        gain: "one", "least-squares" or "published", which is the normalisation undone, and no more.
+    """
+
+    levels: Literal[1, 2] = 1
+    scale: ScaleBy = "row"
+    gain: Gain = "one"
+
+    name: ClassVar = "least-squares"
+    merged_dtype: ClassVar[SharedDtype] = "I8"
+    allowed_dtypes: ClassVar[frozenset[SharedDtype]] = frozenset({"I8", "F16", "BF16", "F32"})
+    minimum_experts: ClassVar = 2
+
+    def __post_init__(self) -> None:
+        """Refuse what is outside the documented ranges."""
+        check_choice("LeastSquares", "levels", self.levels, (1, 2))
+        check_choice("LeastSquares", "scale", self.scale, get_args(ScaleBy))
+        check_gain("LeastSquares", self.gain)
+
+    @property
+    def parameters(self) -> dict[str, Scalar | list[Scalar]]:
+        """What group.json records."""
+        return {"levels": self.levels, "scale": self.scale, "gain": self.gain}
+
+
+@dataclass(frozen=True)
+class LeastSquaresFit:
+    """A LeastSquares at work."""
+
+    method: LeastSquares
+
+    levels: ClassVar = None
+    fallback: ClassVar = None
+
+    @property
+    def kind(self) -> Kind:
+        """Of the codes."""
+        return "mask" if self.method.levels == 1 else "two-level"
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """Of the shared vectors."""
+        return ("merged",) if self.method.levels == 1 else ("merged", "merged_lo")
+
+    @property
+    def gain(self) -> Gain:
+        """Of the method."""
+        return self.method.gain
+
+    def chosen(self, _task: str) -> Mapping[str, float]:
+        """Nothing is chosen for a task."""
+        return {}
+
+    def merge(self, tile: Tile) -> Shared:
+        """The shared vectors of a tile. Cost: a sort of the tasks' values at every parameter."""
+        units = torch.stack([tile.at_unit(position, self.method.scale) for position in range(len(tile.tasks))])
+        ascending = units.sort(dim=0).values
+        if self.method.levels == 1:
+            return {"merged": best_level(ascending)}
+        upper, lower = best_split(ascending)
+        return {"merged": upper, "merged_lo": lower}
+
+    def code(self, tile: Tile, position: int, shared: Shared) -> Coded:
+        """Bits of the task at *position*: set where merged is nearer than the other side."""
+        unit = tile.at_unit(position, self.method.scale)
+        other = shared["merged_lo"] if self.method.levels == 2 else 0.0
+        nearer = (unit - shared["merged"]).abs() < (unit - other).abs()
+        return Coded(nearer.to(torch.uint8), tile.scale_of(position, self.method.scale))
+
+
+def best_level(ascending: Tensor) -> Tensor:
+    """The level c of largest gain (sum of S)^2 / |S|, 1-D, for values [tasks, n] sorted along the tasks."""
+    best = torch.zeros_like(ascending[0])
+    level = torch.zeros_like(best)
+    for run in (ascending.flip(0), ascending):  # prefixes from the largest, then from the smallest
+        total = torch.zeros_like(best)
+        for count, values in enumerate(run, start=1):
+            total += values
+            mean = total / count
+            gained = total * mean
+            better = gained > best
+            best = torch.where(better, gained, best)
+            level = torch.where(better, mean, level)
+    return level
+
+
+def best_split(ascending: Tensor) -> tuple[Tensor, Tensor]:
+    """Means of the upper and the lower run of the best split, each 1-D, of values [tasks, n] sorted along the tasks."""
+    count = len(ascending)
+    whole = ascending.sum(0)
+    best = torch.full_like(whole, -1.0)
+    upper, lower = whole / count, whole / count
+    total = torch.zeros_like(whole)
+    for below in range(1, count):
+        total += ascending[below - 1]
+        low, high = total / below, (whole - total) / (count - below)
+        gained = total * low + (whole - total) * high
+        better = gained > best
+        best = torch.where(better, gained, best)
+        lower, upper = torch.where(better, low, lower), torch.where(better, high, upper)
+    return upper, lower

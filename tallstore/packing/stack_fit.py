@@ -1,0 +1,199 @@
+"""One stack under one fit: merged, coded, scaled, and rebuilt as a reader rebuilds it. Writes nothing.
+
+What `pack` writes and what `compare` predicts are both this.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tallstore.fit import WIDEST, Coded, Fit, Projections, Shared, Tile, present, side_values, solve
+from tallstore.format.manifest import SharedDtype
+from tallstore.format.r13 import in_range, r13
+from tallstore.packing.fidelity import dot
+from tallstore.packing.shared_vector import SharedVectors
+from tallstore.packing.stack import Span, Stack, cast, result_dtype
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Run(Protocol):
+    """Maps a function over items, in their order, as `map` does or as an executor's."""
+
+    def __call__(self, function: Callable[[Item], Result], items: Iterable[Item], /) -> Iterable[Result]:
+        """The results, in the order of *items*."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled:
+    """How one part of a stack is coded.
+
+    Attributes:
+        fit: what codes it.
+        gains: r13, float32: one for the tensor, or one a row of the part.
+        reason: why it must be stored whole instead; None where it need not be.
+    """
+
+    fit: Fit
+    gains: NDArray[np.float32]
+    reason: str | None = None
+
+
+class StackFit:
+    """A fit at work on one stack. Threads may share it once it is fitted.
+
+    Args:
+        stack: the parts.
+        fit: how they are merged and coded.
+        dtype: of the shared vectors.
+        directory: where scratch files may be made.
+        factors: what the gains of each part are multiplied by; 1 where it is not given.
+    """
+
+    def __init__(
+        self, stack: Stack, fit: Fit, dtype: SharedDtype, directory: Path, factors: Sequence[float] | None = None
+    ) -> None:
+        self.stack, self.fit = stack, fit
+        self._factors = [1.0] * len(stack.parts) if factors is None else factors
+        self.shared = SharedVectors(stack, fit.roles, dtype, directory)
+        self._scales: list[float | NDArray[np.float32]] = [0.0] * len(stack.parts)
+
+    def run(self, spans: Sequence[Span], run: Run = map) -> list[Scaled]:
+        """Merge and code the tiles of *spans*, all of the stack's or a sample of them; how each part is scaled."""
+        for vector in self.shared:
+            if vector.needs_largest:
+                tiles = ((span, self.stack.tile(span)) for span in self.stack.spans)
+                vector.see((span, self.fit.merge(tile)[vector.role]) for span, tile in tiles if tile.tasks)
+        fitted = list(run(self._fit_span, spans))
+        return [
+            self._scaled(position, spans, [found.get(position) for found in fitted]) for position in self._positions
+        ]
+
+    @property
+    def _positions(self) -> range:
+        return range(len(self.stack.parts))
+
+    def _fit_span(self, span: Span) -> dict[int, tuple[Projections, float | Tensor]]:
+        """Merge one tile; each part's projections in it, and its fit's own scale."""
+        tile = self.stack.tile(span)
+        self.shared.store(span, self.fit.merge(tile) if tile.tasks else {})
+        shared = self.shared.stored(span)
+        return {
+            self.stack.position(task): self._project(self.fit, tile, place, shared)
+            for place, task in enumerate(tile.tasks)
+        }
+
+    def _project(self, fit: Fit, tile: Tile, place: int, shared: Shared) -> tuple[Projections, float | Tensor]:
+        """Projections of one part in a tile, under the scales of its rows but not under that of its tensor; scales."""
+        coded, vector = fit.code(tile, place, shared), tile.task_vectors[place]
+        sides, scale = side_values(fit.kind, coded, shared, fit.levels), coded.scale
+        if isinstance(scale, Tensor):
+            sides = (tile.by_row(sides) * scale[:, None]).view(-1)
+        along = dot(sides, vector)
+        energy = dot(sides, sides) if fit.gain == "least-squares" else along
+        if "centre" not in fit.roles:
+            return Projections(along, energy), scale
+        where = present(fit.kind, coded, fit.levels)
+        fixed = shared["centre"] if where is None else torch.where(where, shared["centre"], 0.0)
+        return Projections(along, energy, dot(fixed, vector), dot(fixed, sides)), scale
+
+    def _scaled(
+        self, position: int, spans: Sequence[Span], found: Sequence[tuple[Projections, float | Tensor] | None]
+    ) -> Scaled:
+        """How one part is scaled: by the fit, or by its fallback where that degenerates."""
+        scaled = self._solve(self.fit, position, spans, found)
+        fallback = self.fit.fallback
+        if scaled.reason is None or fallback is None:
+            return scaled
+        numel = self.stack.parts[position].numel
+        again = [self._project_again(fallback, span, position) if span.stop <= numel else None for span in spans]
+        second = self._solve(fallback, position, spans, again)
+        return scaled if second.reason is not None else second
+
+    def _project_again(self, fit: Fit, span: Span, position: int) -> tuple[Projections, float | Tensor]:
+        return self._project(fit, self.stack.tile(span, only=position), 0, self.shared.stored(span))
+
+    def _solve(
+        self, fit: Fit, position: int, spans: Sequence[Span], found: Sequence[tuple[Projections, float | Tensor] | None]
+    ) -> Scaled:
+        statistics = self.stack.statistics[position]
+        total = sum((projections for projections, _ in filter(None, found)), Projections())
+        scales = self._own_scales(position, spans, [None if item is None else item[1] for item in found])
+        if isinstance(scales, float):
+            total = total.times(scales)
+        # A sample of the tiles has a sample of the task vector, whose whole is known.
+        gain = solve(fit.gain, statistics.sum_squares * self._share(position, spans), total)
+        if fit.kind == "sparse" and math.isnan(gain):
+            gain = 1.0  # nothing is kept here, as the method has it: that is no reason to keep everything
+        with np.errstate(over="ignore", invalid="ignore"):  # a scale may be beyond float32, and is refused below
+            gains = r13(np.atleast_1d(scales) * (self._factors[position] * gain if math.isfinite(gain) else 0.0))
+        return Scaled(fit, gains, self._why_not(fit, gain, gains))
+
+    def _share(self, position: int, spans: Sequence[Span]) -> float:
+        if len(spans) == len(self.stack.spans):
+            return 1.0
+        sampled = sum(self.stack.sum_squares(position, span) for span in spans)
+        return sampled / self.stack.statistics[position].sum_squares
+
+    def _own_scales(
+        self, position: int, spans: Sequence[Span], scales: Sequence[float | Tensor | None]
+    ) -> float | NDArray[np.float64]:
+        """The fit's own scale of a part: one number, or one a row, 0 for the rows that were not looked at."""
+        numbers = [scale for scale in scales if scale is not None]
+        if not numbers or not isinstance(numbers[0], Tensor):
+            return next((scale for scale in numbers if isinstance(scale, float)), 0.0)
+        rows = np.zeros(self.stack.rows_of(position), np.float64)
+        for span, scale in zip(spans, scales, strict=True):
+            if isinstance(scale, Tensor):
+                rows[span.row : span.row + span.rows] = scale.numpy()
+        return rows
+
+    def _why_not(self, fit: Fit, gain: float, gains: NDArray[np.float32]) -> str | None:
+        """Why a part must be stored whole, if it must."""
+        if not math.isfinite(gain):
+            return "the fit has no part along its task vector"
+        # Over a centre, a fit's own scale is no measure: how much is left, it does not know.
+        smallest = 1 / WIDEST if "centre" not in fit.roles else math.ulp(0.0)
+        if fit.kind != "sparse" and not smallest <= gain <= WIDEST:
+            return f"the fit degenerated (its gain is {gain:.3g})"
+        in_format = in_range(gains).all() and all(
+            vector.scales_are_in_range(gains) for vector in self.shared if vector.role != "centre"
+        )
+        return None if in_format and gains.any() else "its scales are beyond what the format holds"
+
+    def code(self, scaled: Scaled, span: Span, position: int) -> tuple[Coded, Tile]:
+        """The codes of one part in one tile, and the tile."""
+        tile = self.stack.tile(span, only=position)
+        return scaled.fit.code(tile, 0, self.shared.stored(span)), tile
+
+    def rebuild(self, scaled: Scaled, span: Span, position: int, coded: Coded) -> Tensor:
+        """What a reader gets of one part in one tile, less the base: float64, after the final rounding."""
+        part = self.stack.parts[position]
+        delta = self._delta(scaled, span, coded)
+        base = self.stack.base.read(self.stack.name, span.start, span.stop)
+        wide = base.double() if base.dtype is torch.float64 else base.float()
+        total = wide
+        if "centre" in scaled.fit.roles:
+            total = total + self.shared["centre"].stored(span)
+        dtype = result_dtype(part)
+        return torch.where(delta == 0, cast(base, dtype), cast(total + delta, dtype)).double() - base.double()
+
+    def _delta(self, scaled: Scaled, span: Span, coded: Coded) -> Tensor:
+        """What a part adds to the base in one tile: float32, 1-D, in the arithmetic of the specification."""
+        gains = scaled.gains if scaled.gains.size == 1 else scaled.gains[span.row : span.row + span.rows]
+        fit = scaled.fit
+        if fit.kind in ("mask", "signed", "two-level"):
+            scales: Shared = {role: self.shared[role].scaled(span, gains) for role in fit.roles if role != "centre"}
+            return side_values(fit.kind, coded, scales, fit.levels)
+        sides = side_values(fit.kind, coded, {}, fit.levels)
+        return (sides.view(span.rows, -1) * torch.from_numpy(gains)[:, None]).view(-1)

@@ -1,0 +1,133 @@
+"""Trials: a method packed on a sample of every tensor, by the packer itself, and what that says of the whole."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from tallstore.checkpoints import Checkpoint
+from tallstore.format.dtypes import chunk_count
+from tallstore.packing.fidelity import Sums
+from tallstore.packing.group import GroupPacker
+from tallstore.packing.job import Fitting, Job
+from tallstore.packing.outcome import PackReport
+from tallstore.packing.plan import Expert
+from tallstore.packing.sampling import SampledCheckpoint, Stride, stride_of
+
+_HASH_NBYTES = 35  # of a chunk of the base, in base.json
+
+
+@dataclass(frozen=True)
+class TensorTrial:
+    """One base tensor under one method, as predicted for the whole of it.
+
+    Attributes:
+        numel: coded elements, over all tasks.
+        nbytes: of all tasks' codes, and of the shared vectors.
+        sums: by task, over the reconstruction; empty where the tensor is stored whole.
+        whole_nbytes: of the tensors that are stored whole instead.
+    """
+
+    numel: float
+    nbytes: float
+    sums: Mapping[str, Sums]
+    whole_nbytes: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One method, as predicted.
+
+    Attributes:
+        tensors: by base tensor, those that could be coded.
+        bundle_nbytes: of all files, the base by reference.
+    """
+
+    tensors: Mapping[str, TensorTrial]
+    bundle_nbytes: float
+
+    @property
+    def bits(self) -> float | None:
+        """A coded parameter of an expert costs, its share of the shared vectors included; None where none is coded."""
+        numel = sum(tensor.numel for tensor in self.tensors.values())
+        return 8 * sum(tensor.nbytes for tensor in self.tensors.values()) / numel if numel else None
+
+    def sums(self, task: str) -> Sums:
+        """Of one task."""
+        return sum((tensor.sums.get(task, Sums()) for tensor in self.tensors.values()), Sums())
+
+
+class Trials:
+    """Packs samples of a job's inputs."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._strides = {name: stride_of(job.base.spec(name)) for name in job.base.names}
+        experts = tuple(_sampled(expert, self._strides) for expert in job.experts)
+        self._sampled = job.over(SampledCheckpoint(job.base, self._strides), experts)
+
+    def run(self, fitting: Fitting, given: Checkpoint | None = None) -> Trial:
+        """Pack the samples with *fitting*, which was prepared on the whole inputs.
+
+        Args:
+            fitting: the method at work.
+            given: somebody else's merged model, for the methods that have one.
+        """
+        if given is not None:
+            given = SampledCheckpoint(given, {name: self._strides.get(name) for name in given.names})
+        with tempfile.TemporaryDirectory(prefix="tallstore-") as scratch:
+            report, group = self._sampled.write(Path(scratch), fitting, embed=False, given=given)
+        return self._predict(report, group)
+
+    def _predict(self, report: PackReport, group: GroupPacker) -> Trial:
+        """Scale every tensor's part up to its whole; all else of the bundle is the same."""
+        base, sampled = self._job.base, self._sampled.base
+        found: dict[str, _Sum] = defaultdict(_Sum)
+        rest = float(report.bundle_nbytes)
+        for name, nbytes in group.vector_nbytes.items():
+            rest -= nbytes
+            found[name].nbytes += nbytes * _ratio(base, sampled, name)
+        for whole, part, task in zip(self._job.experts, self._sampled.experts, group.tasks.values(), strict=True):
+            for name, coded in task.coded.items():
+                ratio = _ratio(whole.checkpoint, part.checkpoint, name)
+                of = found[whole.base_names[name] or name]
+                of.numel += coded.numel * ratio
+                of.nbytes += coded.nbytes * ratio
+                of.sums[whole.task] = coded.sums * ratio
+                rest -= coded.nbytes
+            for stored in task.whole:
+                scaled = stored.nbytes * _ratio(whole.checkpoint, part.checkpoint, stored.tensor)
+                rest += scaled - stored.nbytes
+                found[whole.base_names[stored.tensor] or stored.tensor].whole_nbytes += scaled
+        chunks = sum(chunk_count(base.spec(name).numel) - chunk_count(sampled.spec(name).numel) for name in base.names)
+        tensors = {name: TensorTrial(of.numel, of.nbytes, of.sums, of.whole_nbytes) for name, of in found.items()}
+        coded_nbytes = sum(tensor.nbytes for tensor in tensors.values())
+        return Trial(tensors, rest + coded_nbytes + _HASH_NBYTES * chunks)
+
+
+@dataclass
+class _Sum:
+    """A `TensorTrial` that is being added up."""
+
+    numel: float = 0.0
+    nbytes: float = 0.0
+    sums: dict[str, Sums] = field(default_factory=dict)
+    whole_nbytes: float = 0.0
+
+
+def _ratio(whole: Checkpoint, part: Checkpoint, name: str) -> float:
+    return whole.spec(name).numel / max(1, part.spec(name).numel)
+
+
+def _sampled(expert: Expert, strides: Mapping[str, Stride | None]) -> Expert:
+    """The expert's tensors in the samples of their base tensors; those that the base does not have by themselves."""
+    own: dict[str, Stride | None] = {}
+    for name, base_name in expert.base_names.items():
+        spec = expert.checkpoint.spec(name)
+        stride = stride_of(spec) if base_name is None else strides[base_name]
+        fits = stride is not None and len(spec.shape) > 0 and spec.numel == spec.shape[0] * stride.unit
+        own[name] = stride if fits else None
+    return replace(expert, checkpoint=SampledCheckpoint(expert.checkpoint, own))
