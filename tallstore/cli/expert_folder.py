@@ -1,4 +1,4 @@
-"""Which experts a folder holds."""
+"""The folder of `--experts`: which experts it holds."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ def find_experts(directory: Path, base: str | os.PathLike[str]) -> dict[str, Pat
     where = str(directory)
     try:
         entries = sorted(directory.iterdir(), key=lambda path: path.name)
+    except NotADirectoryError:
+        raise InputError(where, "is a file; give a folder of experts, or a .toml file that lists them") from None
     except OSError as error:
         raise InputError(where, f"cannot be read ({error.strerror}); give a folder of experts") from None
     if any((directory / name).exists() for name in _STANDARD_NAMES):

@@ -1,0 +1,38 @@
+"""`tallstore verify`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Final
+
+import typer
+
+import tallstore
+from tallstore.cli.options import BundleArgument, JsonOption
+
+USAGE: Final = "BUNDLE [--json]"
+EXAMPLES: Final = """\
+tallstore verify bundle
+tallstore verify bundle --json"""
+
+
+def verify(bundle: BundleArgument, as_json: JsonOption = False) -> None:
+    """Check every rule of the format and every byte; print each problem, and exit with 1 if there is one."""
+    from tallstore.cli import progress_bar, terminal  # noqa: PLC0415 - rich
+    from tallstore.cli.figures import several  # noqa: PLC0415
+
+    with progress_bar.show("checking") as progress:
+        problems = tallstore.verify(bundle, progress=progress)
+
+    from tallstore.cli.views.verified import print_problems, print_verified  # noqa: PLC0415 - numpy
+    from tallstore.inspecting.summary import presence  # noqa: PLC0415
+
+    if as_json:
+        terminal.print_json([asdict(problem) for problem in problems])
+    elif problems:
+        print_problems(problems)
+    else:
+        print_verified(presence(bundle))
+    if problems:
+        terminal.report_error(f"{bundle}: {several(len(problems), 'problem')}; fetch or pack the bundle again")
+        raise typer.Exit(1)

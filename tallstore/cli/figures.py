@@ -1,0 +1,45 @@
+"""Numbers and names as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+NOTHING = "–"
+_SHOWN_NAMES = 3
+
+
+def count(number: int) -> str:
+    """A number of parameters, such as ``"22.6 M"``."""
+    value = float(number)
+    for unit in ("", " k", " M", " G"):
+        if value < 1000:
+            return f"{value:.0f}" if not unit else f"{value:.1f}{unit}"
+        value /= 1000
+    return f"{value:.1f} T"
+
+
+def number(value: float | None, digits: int) -> str:
+    """A number with so many digits after the point."""
+    return NOTHING if value is None else f"{value:.{digits}f}"
+
+
+def significant(value: float | None) -> str:
+    """A number to four significant digits."""
+    return NOTHING if value is None else f"{value:.4g}"
+
+
+def several(count: int, noun: str) -> str:
+    """So many of a thing: ``"1 task"``, ``"3 tasks"``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few of *names*, and how many there are beyond them."""
+    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+    return ", ".join(names[:_SHOWN_NAMES]) + more
+
+
+def spread(low: float, high: float, digits: int) -> str:
+    """A range of numbers, or the one that both ends round to."""
+    first, last = number(low, digits), number(high, digits)
+    return first if first == last else f"{first} to {last}"

@@ -1,0 +1,34 @@
+"""The library's messages name Python's arguments; whoever reads them here needs the options of the command line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+_OPTIONS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], str]], ...] = (
+    (re.compile(r"key_mapping=\{regular expression: replacement\}"), lambda _: "--key-mapping 'REGEX=REPLACEMENT'"),
+    (
+        re.compile(r'key_mapping=\{"(.*?)": "(.*?)"\}'),
+        lambda found: f"--key-mapping '{found[1]}={found[2]}'".replace("\\\\", "\\"),
+    ),
+    (
+        re.compile(r"give it: open_bundle\(path, base=…\) takes a path, a state dict or a Hub id"),
+        lambda _: "give --base",
+    ),
+    (re.compile(r"\bSignedMask\(\)"), lambda _: "--method signed-mask"),
+    (re.compile(r"\bLocalize\(\)"), lambda _: "--method localize"),
+    (re.compile(r"\bTallMask\(\)"), lambda _: "--method tall-mask"),
+    (re.compile(r"\boverwrite=True"), lambda _: "--overwrite"),
+    (re.compile(r"\bprivate="), lambda _: "--private"),
+    (
+        re.compile(r"\b(?:base_ref|merged_dtype|mask_lambda|key_mapping)\b"),
+        lambda found: "--" + found[0].replace("_", "-"),
+    ),
+)
+
+
+def in_options(message: str) -> str:
+    """A message of the library with the command line's options in the place of Python's arguments."""
+    for argument, option in _OPTIONS:
+        message = argument.sub(option, message)
+    return message

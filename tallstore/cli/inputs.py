@@ -1,0 +1,131 @@
+"""A base and its experts on the command line: what `pack` and `compare` are given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_INPUTS = "Inputs"
+
+BaseInput = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="BASE",
+        help="What the experts were fine-tuned from: a Hugging Face directory, a .safetensors, .bin or .pt file,"
+        " or a Hub id org/name[@revision].",
+        rich_help_panel=_INPUTS,
+        show_default=False,
+    ),
+]
+ExpertInput = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--expert",
+        metavar="NAME=PATH",
+        help="An expert by name, of the same kinds; give one for each.",
+        rich_help_panel=_INPUTS,
+        show_default=False,
+    ),
+]
+ExpertsInput = Annotated[
+    Path | None,
+    typer.Option(
+        "--experts",
+        metavar="DIR|FILE",
+        help="A folder of experts: each sub-directory with a checkpoint, and each .safetensors file, is one, named"
+        " after it; a base that lies there is left out. Or a .toml file that lists them, and can name the base.",
+        rich_help_panel=_INPUTS,
+        show_default=False,
+    ),
+]
+KeyMappingInput = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--key-mapping",
+        metavar="REGEX=REPLACEMENT",
+        help="From the experts' tensor names to the base's, where they differ; applied in the order given.",
+        rich_help_panel=_INPUTS,
+        show_default=False,
+    ),
+]
+PrivateInput = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--private",
+        metavar="GLOB",
+        help="Tensors to store whole, bit for bit, such as 'classifier.*'; can be given again.",
+        rich_help_panel="Method",
+        show_default=False,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What was given as NAME=VALUE.
+
+    Attributes:
+        experts: path by name.
+        key_mapping: replacement by regular expression.
+    """
+
+    experts: Mapping[str, str]
+    key_mapping: Mapping[str, str]
+
+
+def read_pairs(expert: Sequence[str] | None, experts: Path | None, key_mapping: Sequence[str] | None) -> Pairs:
+    """The pairs of --expert and --key-mapping; a usage error where one is none, or no expert is given at all."""
+    named = _pairs(expert or (), "--expert", "NAME=PATH")
+    if not named and experts is None:
+        raise typer.BadParameter(
+            "give NAME=PATH for each expert, or --experts with a folder or a .toml file", param_hint="--expert"
+        )
+    return Pairs(named, _pairs(key_mapping or (), "--key-mapping", "REGEX=REPLACEMENT", last=True))
+
+
+def find_inputs(base: str | None, experts: Path | None, given: Pairs) -> tuple[str | Path, dict[str, str | Path]]:
+    """The base, and all experts by name; a usage error where nothing names the base, or an expert comes twice."""
+    source, found = _find_experts(experts, base)
+    for name in given.experts.keys() & found.keys():
+        raise typer.BadParameter(f"{name!r} is among --experts too; give it once", param_hint="--expert")
+    return source, {**found, **given.experts}
+
+
+def _find_experts(experts: Path | None, base: str | None) -> tuple[str | Path, dict[str, str | Path]]:
+    """The base, and what --experts names; a usage error where nothing names the base."""
+    if experts is not None and experts.suffix == ".toml" and not experts.is_dir():
+        from tallstore.cli.expert_file import read_expert_file  # noqa: PLC0415 - most runs need no TOML
+
+        read = read_expert_file(experts)
+        source = read.base if base is None else base
+        if source is None:
+            raise typer.BadParameter(
+                f'give it here, or a line base = "PATH" at the top of {experts}', param_hint="--base"
+            )
+        return source, dict(read.experts)
+    if base is None:
+        raise typer.BadParameter("give what the experts were fine-tuned from", param_hint="--base")
+    if experts is None:
+        return base, {}
+
+    from tallstore.cli.expert_folder import find_experts  # noqa: PLC0415 - torch
+
+    return base, dict(find_experts(experts, base))
+
+
+def _pairs(given: Iterable[str], option: str, form: str, *, last: bool = False) -> dict[str, str]:
+    """Split each NAME=VALUE at the first equals sign, or at the last one."""
+    pairs: dict[str, str] = {}
+    for text in given:
+        name, equals, value = text.rpartition("=") if last else text.partition("=")
+        if not equals or not name:
+            raise typer.BadParameter(f"{text!r} is not {form}", param_hint=option)
+        if name in pairs:
+            raise typer.BadParameter(f"{name!r} is given twice", param_hint=option)
+        pairs[name] = value
+    return pairs
