@@ -1,52 +1,160 @@
 """How often a packed expert predicts what the true expert predicts, beside the dense float64 formula of the same fit.
 
-    python benchmarks/fidelity.py --experts DIR [--limit 400]
+    python benchmarks/fidelity.py --experts DIR [--tasks NAME,NAME] [--fits TEXT ...]
+    python benchmarks/fidelity.py --small 20 [--trained OUT]
 
 DIR holds fine-tunes and an `experts.py` that builds their checkpoints (`build OUT`) and scores reconstructions
-(`score OUT TASK FILE...`). Every expert is packed, loaded back from the bundle's bytes, written with `export`, and
-scored.
+(`score OUT TASK FILE...`); --small trains its experts itself (small_experts.py). Every expert is packed, loaded back
+from the bundle's bytes, written with `export`, and scored.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import dense_fits
+import small_experts
 import torch
-from dense_fits import DenseFit, signed_mask, tall_mask
+from dense_fits import DenseFit, Weights
 from safetensors.torch import load_file, save_file
 
 import tallstore
 from tallstore.exporting import export
+from tallstore.fit import Method
 
-FITS: dict[str, tuple[tallstore.SignedMask | tallstore.TallMask, DenseFit]] = {
-    "SignedMask()": (tallstore.SignedMask(), signed_mask(1.2)),
-    "TallMask()": (tallstore.TallMask(), tall_mask(1.0, ties=False, one=True)),
-    "TallMask.published()": (tallstore.TallMask.published(), tall_mask(0.4, ties=True, one=False)),
-}
+AT_ONCE = 5  # fits whose reconstructions are on the disk together, and scored in one go a task
+MOST_COLUMNS = 4  # more tasks than that get no column each
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What is packed, and its formula; one of them may be missing."""
+
+    name: str
+    method: Method | None
+    dense: DenseFit | None
+    nominal_bits: float | None = None
+
+
+def both(method: Method, dense: DenseFit | None, name: str | None = None) -> Fit:
+    """A fit that is packed."""
+    given = ", ".join(f"{key}={value!r}" for key, value in method.parameters.items())
+    return Fit(name or f"{type(method).__name__}({given})", method, dense)
+
+
+def formula(name: str, dense: DenseFit, nominal_bits: float | None = None) -> Fit:
+    """A fit that is no more than a formula."""
+    return Fit(name, None, dense, nominal_bits)
+
+
+FITS = (
+    both(tallstore.SignedMask(), DenseFit(dense_fits.signed_mask(1.2)), "SignedMask()"),
+    both(
+        tallstore.SignedMask(scale="row"),
+        DenseFit(dense_fits.signed_mask(1.2, "row")),
+        "SignedMask(scale='row')",
+    ),
+    both(tallstore.TallMask(), DenseFit(dense_fits.tall_mask(1.0)), "TallMask()"),
+    both(
+        tallstore.TallMask.published(),
+        DenseFit(dense_fits.tall_mask(0.4, ties=True), gain="published", kept=0.2),
+        "TallMask.published()",
+    ),
+    both(tallstore.Emr(), DenseFit(dense_fits.emr), "Emr()"),
+    both(
+        tallstore.Emr(gain="published"),
+        DenseFit(dense_fits.emr, gain="magnitudes", by="task"),
+        "Emr(gain='published')",
+    ),
+    both(tallstore.LeastSquares(), DenseFit(dense_fits.least_squares(1)), "LeastSquares()"),
+    both(tallstore.LeastSquares(levels=2), DenseFit(dense_fits.least_squares(2)), "LeastSquares(levels=2)"),
+    both(tallstore.Sign(), DenseFit(dense_fits.sign()), "Sign()"),
+    both(tallstore.Sign(scale="row"), DenseFit(dense_fits.sign("row")), "Sign(scale='row')"),
+    both(
+        tallstore.Sign(scale="tensor", gain="published"),
+        DenseFit(dense_fits.sign(), gain="published"),
+        "BitDelta: Sign(scale='tensor', gain='published')",
+    ),
+    both(tallstore.Uniform(levels=3), DenseFit(dense_fits.uniform(3)), "Uniform(levels=3)"),
+    both(
+        tallstore.Uniform(levels=3, threshold=1.0),
+        DenseFit(dense_fits.uniform(3, threshold=1.0)),
+        "Uniform(levels=3, threshold=1.0)",
+    ),
+    both(tallstore.Uniform(), DenseFit(dense_fits.uniform(4)), "Uniform()"),
+    both(tallstore.Uniform(levels=8), DenseFit(dense_fits.uniform(8)), "Uniform(levels=8)"),
+    both(tallstore.Localize(), DenseFit(dense_fits.localize, gain="published", kept=0.01), "Localize()"),
+    both(tallstore.Auto(1.1), None, "Auto(1.1)"),
+    *(
+        formula(f"TVQ, {nbits} bits", DenseFit(dense_fits.asymmetric(nbits), gain="published"), float(nbits))
+        for nbits in (2, 3, 4)
+    ),
+)
+
+
+Scorer = Callable[[str, list[Path]], list[tuple[float, float]]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A base and its experts in one dtype, and what scores their reconstructions.
+
+    Attributes:
+        dtype: of all of them.
+        checkpoints: `base` and a directory a task, with `model.safetensors`.
+        tasks: those that are packed together.
+        score: agreement and accuracy, from 0 to 1, of each file, for a task.
+    """
+
+    dtype: str
+    checkpoints: Path
+    tasks: tuple[str, ...]
+    score: Scorer
+
+    def weights(self, name: str) -> dict[str, torch.Tensor]:
+        """Of one expert, or of the base."""
+        return load_file(self.checkpoints / name / "model.safetensors")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One fit in one dtype: agreement by task, from the formula and from the bundle, and what the bundle costs."""
+    """One fit.
+
+    Attributes:
+        dense, packed: agreement in percent by task, from the formula and from the bundle; empty where there is none.
+        accuracy: by task, in percent; from the bundle where there is one.
+        cosine: mean over the tasks, of what is coded; from the bundle where there is one.
+        bits: a coded parameter of an expert costs, its share of the shared vectors included.
+        nbytes: of the bundle.
+        whole: tensors of at least 4,096 elements that were stored whole because the fit degenerated, over all tasks.
+        seconds: `pack` took.
+    """
 
     dtype: str
     fit: str
     dense: Mapping[str, float]
     packed: Mapping[str, float]
     accuracy: Mapping[str, float]
-    bits: float
     cosine: float
-    nbytes: int
-    seconds: float
+    bits: float | None = None
+    nbytes: int | None = None
+    whole: int = 0
+    seconds: float | None = None
+
+    @property
+    def agreement(self) -> Mapping[str, float]:
+        """From the bundle where there is one."""
+        return self.packed or self.dense
 
 
 def run_experts(folder: Path, *arguments: str) -> str:
@@ -70,83 +178,179 @@ def copy_as(dtype: torch.dtype, source: Path, target: Path) -> None:
         save_file(weights, target / directory.name / "model.safetensors", {"format": "pt"})
 
 
-def measure(folder: Path, checkpoints: Path, dtype: str, limit: int, scratch: Path) -> list[Row]:
-    """Pack with every fit, and score against the dense formula."""
-    tasks = sorted(path.name for path in checkpoints.iterdir() if path.is_dir() and path.name != "base")
-    base = load_file(checkpoints / "base" / "model.safetensors")
-    experts = {task: load_file(checkpoints / task / "model.safetensors") for task in tasks}
-    files: dict[str, list[Path]] = {task: [] for task in tasks}
-    reports, seconds = {}, {}
-    for number, (name, (method, dense)) in enumerate(FITS.items()):
-        for task, weights in dense(base, experts).items():
-            path = scratch / f"{dtype}-{number}-{task}-dense.safetensors"
-            save_file(weights, path)
-            files[task].append(path)
-        bundle_path = scratch / f"{dtype}-{number}"
-        begun = time.perf_counter()
-        reports[name] = tallstore.pack(
-            checkpoints / "base", {task: checkpoints / task for task in tasks}, bundle_path, method=method
-        )
-        seconds[name] = time.perf_counter() - begun
-        with tallstore.open_bundle(bundle_path, base=checkpoints / "base") as bundle:
-            for task in tasks:
-                out = scratch / f"{dtype}-{number}-{task}-packed"
-                export(bundle, task, out)
-                files[task].append(out / "model.safetensors")
-    scores = {task: score(folder, checkpoints, task, files[task], limit) for task in tasks}
-    rows = []
-    for number, (name, report) in enumerate(reports.items()):
-        rows.append(
-            Row(
-                dtype=dtype,
-                fit=name,
-                dense={task: 100 * scores[task][2 * number][0] for task in tasks},
-                packed={task: 100 * scores[task][2 * number + 1][0] for task in tasks},
-                accuracy={task: 100 * scores[task][2 * number + 1][1] for task in tasks},
-                bits=statistics.mean(task.bits or 0.0 for task in report.tasks),
-                cosine=statistics.mean(task.cosine or 0.0 for task in report.tasks),
-                nbytes=report.bundle_nbytes,
-                seconds=seconds[name],
-            )
-        )
-    return rows
+@contextlib.contextmanager
+def encoders(folder: Path, dtype: str, tasks: Sequence[str], limit: int) -> Iterator[Family]:
+    """The experts of a folder with an experts.py; all of them where *tasks* names none."""
+    with tempfile.TemporaryDirectory(prefix="tallstore-fidelity-") as scratch:
+        checkpoints = Path(scratch) / "float32"
+        run_experts(folder, "build", str(checkpoints))
+        if dtype != "float32":
+            copy_as(getattr(torch, dtype), checkpoints, Path(scratch) / dtype)
+            checkpoints = Path(scratch) / dtype
+        found = sorted(path.name for path in checkpoints.iterdir() if path.is_dir() and path.name != "base")
+        chosen = tuple(tasks) or tuple(found)
+        yield Family(dtype, checkpoints, chosen, lambda task, files: score(folder, checkpoints, task, files, limit))
 
 
-def table(rows: list[Row]) -> str:
-    """Markdown."""
-    tasks = list(rows[0].packed)
-    lines = [
-        "| dtype | fit | "
-        + " | ".join(tasks)
-        + " | mean | dense float64 mean | difference | bits a parameter | cosine | bundle MB | pack s |",
-        "|---" * (len(tasks) + 9) + "|",
+@contextlib.contextmanager
+def small(count: int, dtype: str, trained: Path | None) -> Iterator[Family]:
+    """The first *count* experts that small_experts.py trains, or has trained already."""
+    with tempfile.TemporaryDirectory(prefix="tallstore-fidelity-") as scratch:
+        checkpoints = trained or Path(scratch) / "float32"
+        if trained is None:
+            small_experts.train(checkpoints, count)
+        tasks = small_experts.names(checkpoints)[:count]
+        if len(tasks) < count:
+            raise SystemExit(f"{checkpoints} has {len(tasks)} experts: train more with small_experts.py")
+        if dtype != "float32":
+            copy_as(getattr(torch, dtype), checkpoints, Path(scratch) / dtype)
+            checkpoints = Path(scratch) / dtype
+        yield Family(
+            dtype, checkpoints, tuple(tasks), lambda task, files: small_experts.score(checkpoints, task, files)
+        )
+
+
+@dataclass(frozen=True)
+class Made:
+    """One fit's row, and its reconstructions to be scored: files by task, from the formula and from the bundle."""
+
+    row: Row
+    dense: Mapping[str, Path] = field(default_factory=dict)
+    packed: Mapping[str, Path] = field(default_factory=dict)
+
+
+def measure(
+    family: Family, fits: Sequence[Fit], scratch: Path, precision: torch.dtype = torch.float64
+) -> Iterator[Row]:
+    """Pack with every fit, compute its formula in *precision*, and score both; fits that refuse are told of."""
+    base = family.weights("base")
+    experts = {task: family.weights(task) for task in family.tasks}
+    for first in range(0, len(fits), AT_ONCE):
+        with tempfile.TemporaryDirectory(dir=scratch) as place:
+            made = []
+            for number, fit in enumerate(fits[first : first + AT_ONCE]):
+                one = Made(Row(family.dtype, fit.name, {}, {}, {}, 0.0, fit.nominal_bits))
+                if fit.dense is not None:
+                    rebuilt = dense_fits.rebuild(fit.dense, base, experts, precision)
+                    one = replace(one, dense=_save(rebuilt, Path(place) / f"{number}-dense"))
+                    if fit.method is None:
+                        found = [dense_fits.cosine(fit.dense, base, experts[task], rebuilt[task]) for task in experts]
+                        one = replace(one, row=replace(one.row, cosine=statistics.mean(found)))
+                    del rebuilt
+                if fit.method is not None:
+                    try:
+                        one = _pack(one, fit.method, family, Path(place) / f"{number}-packed")
+                    except tallstore.OptionError as error:
+                        print(f"{fit.name}: {error}", file=sys.stderr)
+                if one.dense or one.packed:
+                    made.append(one)
+            yield from _scored(family, made)
+
+
+def _save(rebuilt: Mapping[str, Weights], place: Path) -> dict[str, Path]:
+    place.mkdir()
+    files = {task: place / f"{task}.safetensors" for task in rebuilt}
+    for task, weights in rebuilt.items():
+        save_file({name: value.contiguous() for name, value in weights.items()}, files[task])
+    return files
+
+
+def _pack(one: Made, method: Method, family: Family, place: Path) -> Made:
+    base = family.checkpoints / "base"
+    begun = time.perf_counter()
+    report = tallstore.pack(base, {task: family.checkpoints / task for task in family.tasks}, place, method=method)
+    seconds = time.perf_counter() - begun
+    with tallstore.open_bundle(place, base=base) as bundle:
+        for task in family.tasks:
+            export(bundle, task, place.with_name(f"{place.name}-{task}"))
+    row = replace(
+        one.row,
+        cosine=statistics.mean(task.cosine or 0.0 for task in report.tasks),
+        bits=statistics.mean(task.bits or 0.0 for task in report.tasks),
+        nbytes=report.bundle_nbytes,
+        whole=sum("fit" in stored.reason for task in report.tasks for stored in task.whole),
+        seconds=seconds,
+    )
+    files = {task: place.with_name(f"{place.name}-{task}") / "model.safetensors" for task in family.tasks}
+    return replace(one, row=row, packed=files)
+
+
+def _scored(family: Family, made: Sequence[Made]) -> list[Row]:
+    agreement: dict[Path, float] = {}
+    accuracy: dict[Path, float] = {}
+    for task in family.tasks:
+        files = [files[task] for one in made for files in (one.dense, one.packed) if files]
+        for file, (agreed, right) in zip(files, family.score(task, files), strict=True):
+            agreement[file], accuracy[file] = 100 * agreed, 100 * right
+    return [
+        replace(
+            one.row,
+            dense={task: agreement[file] for task, file in one.dense.items()},
+            packed={task: agreement[file] for task, file in one.packed.items()},
+            accuracy={task: accuracy[file] for task, file in (one.packed or one.dense).items()},
+        )
+        for one in made
     ]
-    for row in rows:
-        packed, dense = statistics.mean(row.packed.values()), statistics.mean(row.dense.values())
-        cells = " | ".join(f"{row.packed[task]:.2f} ({row.dense[task]:.2f})" for task in tasks)
-        lines.append(
-            f"| {row.dtype} | {row.fit} | {cells} | {packed:.2f} | {dense:.2f} | {packed - dense:+.2f} |"
-            f" {row.bits:.2f} | {row.cosine:.4f} | {row.nbytes / 1e6:.1f} | {row.seconds:.1f} |"
-        )
-    return "\n".join(lines)
+
+
+def heading(tasks: Sequence[str]) -> str:
+    """Of the table."""
+    columns = ["dtype", "fit", "agreement (formula)", "difference", "worst task", "accuracy", "cosine", "bits", "MB"]
+    columns += tasks if len(tasks) <= MOST_COLUMNS else []
+    return f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|"
+
+
+def line(row: Row) -> str:
+    """Of the table."""
+    agreement, accuracy = (statistics.mean(values.values()) for values in (row.agreement, row.accuracy))
+    cells = [row.dtype, row.fit, f"{agreement:.2f}", "", f"{min(row.agreement.values()):.2f}", f"{accuracy:.2f}"]
+    if row.dense:
+        dense = statistics.mean(row.dense.values())
+        cells[2] = f"{agreement:.2f} ({dense:.2f})" if row.packed else f"({dense:.2f})"
+        cells[3] = f"{agreement - dense:+.2f}" if row.packed else ""
+    cells.append(f"{row.cosine:.4f}")
+    cells.append("" if row.bits is None else f"{row.bits:.2f}" + (f", {row.whole} tensors whole" if row.whole else ""))
+    cells.append("" if row.nbytes is None else f"{row.nbytes / 1e6:.2f}")
+    if len(row.agreement) <= MOST_COLUMNS:
+        for task in row.agreement:
+            told = [f"{row.packed[task]:.2f}"] if row.packed else []
+            told += [f"({row.dense[task]:.2f})"] if row.dense else []
+            cells.append(" ".join(told))
+    return f"| {' | '.join(cells)} |"
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """The options that say which experts."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--experts", type=Path, metavar="DIR", help="with experts.py and the fine-tunes")
+    source.add_argument("--small", type=int, metavar="COUNT", help="how many small experts, 2 to 24")
+    parser.add_argument("--trained", type=Path, metavar="OUT", help="where small_experts.py left its experts")
+    parser.add_argument("--tasks", type=lambda text: text.split(","), default=[], help="of DIR, with commas between")
+    parser.add_argument("--limit", type=int, default=400, help="test examples a task of DIR")
+
+
+def open_family(arguments: argparse.Namespace, dtype: str) -> contextlib.AbstractContextManager[Family]:
+    """The experts that were asked for."""
+    if arguments.small is not None:
+        return small(arguments.small, dtype, arguments.trained)
+    return encoders(arguments.experts, dtype, arguments.tasks, arguments.limit)
 
 
 def main() -> None:
     """Build, pack, score, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experts", type=Path, required=True, help="a folder with experts.py and the fine-tunes")
-    parser.add_argument("--limit", type=int, default=400, help="test examples a task")
+    add_source(parser)
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument("--fits", nargs="+", default=[""], metavar="TEXT", help="only those with a TEXT in their name")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="tallstore-fidelity-") as scratch_name:
-        scratch = Path(scratch_name)
-        wide = scratch / "float32"
-        run_experts(arguments.experts, "build", str(wide))
-        rows = measure(arguments.experts, wide, "float32", arguments.limit, scratch)
-        narrow = scratch / "bfloat16"
-        copy_as(torch.bfloat16, wide, narrow)
-        rows += measure(arguments.experts, narrow, "bfloat16", arguments.limit, scratch)
-        print("Agreement with the true expert in %, from the bundle (from the dense float64 formula):\n")
-        print(table(rows))
+    fits = [fit for fit in FITS if any(text in fit.name for text in arguments.fits)]
+    for dtype in arguments.dtypes:
+        with open_family(arguments, dtype) as family, tempfile.TemporaryDirectory() as scratch:
+            if dtype == arguments.dtypes[0]:
+                print("Agreement with the true expert in %, from the bundle (from the dense float64 formula):\n")
+                print(heading(family.tasks))
+            for row in measure(family, fits, Path(scratch)):
+                print(line(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,11 @@ from torch import Tensor
 
 import tallstore
 
-COMPANIONS = {"config.json": {"model_type": "tiny"}, "1_Pooling/config.json": {"pooling": "mean"}}
+COMPANIONS = {
+    "config.json": {"model_type": "tiny"},
+    "modules.json": [{"path": ""}, {"path": "1_Pooling"}],
+    "1_Pooling/config.json": {"pooling": "mean"},
+}
 
 
 def base_tensors() -> dict[str, Tensor]:

@@ -279,7 +279,7 @@ def test_only_the_bytes_of_one_tensor_are_read(tmp_path):
     part = bundle._range("t", "signed", CHUNK_NUMEL + 1, CHUNK_NUMEL + 3)
     assert part.shape == (2,)
     due = 4 * (1031 * 1021 - CHUNK_NUMEL)  # the base's second chunk
-    for owner, payload in ((task, signed.fields), (task.group, task.group.merged("signed").values)):
+    for owner, payload in ((task, signed.fields), (task.group, task.group.vector("signed", "merged").values)):
         shard = owner.shards[payload.shard]
         path = tmp_path / owner.directory / shard.file
         with contextlib.closing(LocalFile(path, "shard")) as file:

@@ -78,6 +78,7 @@ def test_weights_and_companions_come_back(bundle, tmp_path):
         "out",
         "model.safetensors",
         "config.json",
+        "modules.json",
         "1_Pooling",
     }
 
@@ -248,4 +249,5 @@ def test_a_bundle_brings_no_code_and_no_other_weights(own_bundle, models, tmp_pa
         with pytest.warns(UserWarning, match="left out the companion file"):
             export(bundle, "task1", tmp_path / "out")
         assert_holds(tmp_path / "out", bundle.state_dict("task1"))
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["1_Pooling", "model.safetensors"]
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"1_Pooling", "model.safetensors", "modules.json"}

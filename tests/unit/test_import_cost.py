@@ -1,9 +1,11 @@
-"""What an import costs: the format layer, and so `tallstore inspect`, needs no torch."""
+"""What an import costs: the format layer, and so `tallstore inspect`, needs no torch; no help page does."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+
+import pytest
 
 TORCH_FREE = [
     "tallstore",
@@ -35,3 +37,22 @@ def test_the_format_layer_imports_no_torch():
 
 def test_an_error_and_the_version_import_no_torch():
     assert "torch" not in imported_by("from tallstore import TallstoreError, __version__")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needless"),
+    [
+        (["--version"], {"rich", "msgspec"}),
+        (["pack", "--help"], {"msgspec"}),
+        (["pack", "--base"], {"msgspec"}),
+        (["inspect", "nothing"], {"numpy"}),
+        (["verify", "nothing"], set()),
+    ],
+)
+def test_the_command_line_imports_what_a_command_needs(arguments, needless):
+    modules = imported_by(
+        "import contextlib, io; from tallstore.cli import main\n"
+        f"with contextlib.redirect_stdout(io.StringIO()): main({arguments})"
+    )
+    assert "typer" in modules
+    assert not modules & {"torch", "safetensors", "transformers", "huggingface_hub", *needless}

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 
 import tallstore
@@ -19,6 +21,7 @@ from tallstore.format import layout, parsing
 from tallstore.format import manifest as tables
 from tallstore.inspecting.summary import presence, summarise
 from tallstore.inspecting.task_details import describe_task
+from tests.bundle_builder import Bundle, Group, Task
 from tests.model_directories import COMPANIONS, expert_tensors, pack_models, save_models
 
 
@@ -88,6 +91,39 @@ def test_base_and_group_are_described(packed):
     assert (group.id, group.method, group.parameters, group.tasks) == ("g0001", "signed-mask", {"threshold": 1.2}, 3)
     assert group.merged_dtypes == ("LOG4",)
     assert summary.format_version == "1.0-draft"
+
+
+def test_every_coded_kind_is_counted_and_weighed(tmp_path):
+    """The values of a sparse tensor are the task's own bytes, as its bits are."""
+    names = ("mask", "signed", "two-level", "sign", "sparse", "uniform")
+    base = {name: torch.zeros(100, 50) for name in names}
+    group = Group(tmp_path, base)
+    for name in names[:3]:
+        group.vector(name, "I8", np.ones(5000), steps=[1.0] * 100)
+    group.vector("two-level", "F16", np.ones(5000), role="merged_lo")
+    task = Task(group, "t", codec="raw")
+    for name in names:
+        options = {"sparse": {"own": np.ones(5000), "values_dtype": "F16"}, "uniform": {"levels": 16}}.get(name, {})
+        task.coded(name, name, np.ones(5000), expect=False, **options)
+    root = Bundle(tmp_path, base, [group], [task]).seal()
+    (summary,) = summarise(root).tasks
+    assert summary.kinds == dict.fromkeys(sorted(names), 1)
+    assert (summary.coded, summary.same, summary.whole, summary.other) == (6, 0, 0, 0)
+    (shared,) = summarise(root).groups
+    assert shared.merged_dtypes == ("F16", "I8")
+    directory = root / "tasks" / "t"
+    (shard,) = directory.glob("mask-*.safetensors")
+    assert summary.bits == 8 * (shard.stat().st_size + shared.nbytes) / 30_000
+    sizes = {tensor.name: tensor.nbytes for tensor in describe_task(root, "t").tensors}
+    bits, two_bits, four_bits = (-(-5000 * width // 8 // 64) * 64 for width in (1, 2, 4))
+    assert sizes == {
+        "mask": bits,
+        "signed": two_bits,
+        "two-level": bits,
+        "sign": bits,
+        "sparse": bits + 10_048,
+        "uniform": four_bits,
+    }
 
 
 def test_an_embedded_base_counts_on_both_sides(models, tmp_path):
