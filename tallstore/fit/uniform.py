@@ -43,7 +43,7 @@ class Uniform:
         gain: "one", "least-squares" or "published", which is least squares by row or tensor.
         threshold: of 3 levels, in root mean squares: larger values keep fewer weights; None takes the truest, row by
             row, or with steps a tensor the best one for a normal distribution.
-        centre: share the mean of the task vectors, and code what is left.
+        centre: share the mean of the task vectors, and code what is left; not with 3 levels.
     """
 
     levels: Literal[3, 4, 8, 16] = 4
@@ -66,6 +66,8 @@ class Uniform:
             check_number("Uniform", "threshold", self.threshold, 1.0)
             if self.levels != 3:
                 raise OptionError("Uniform: threshold goes with levels=3")
+        if self.centre and self.levels == 3:
+            raise OptionError("Uniform: a centre is added where a level is not 0; give it with levels=4, 8 or 16")
 
     @property
     def parameters(self) -> dict[str, Scalar | list[Scalar]]:

@@ -27,7 +27,9 @@ from tallstore.packing.code_writer import CODES, CodeWriter
 from tallstore.packing.fidelity import Estimated, Sums, dot, sign_estimate, signed_estimates
 from tallstore.packing.plan import Expert, Part
 from tallstore.packing.stack import Examined, Stack, examine, is_merged, unfit
-from tallstore.packing.stack_fit import Scaled, StackFit
+from tallstore.packing.stack_fit import Advance, Scaled, StackFit
+
+_PASSES = 3  # over each part of a tensor: examined, fitted, coded
 
 
 @dataclass(frozen=True)
@@ -157,18 +159,30 @@ class GroupPacker:
         ):
             (root / directory).mkdir(parents=True)
 
-    def pack_tensor(self, base_name: str, parts: Sequence[Part]) -> None:
-        """Everything about one base tensor."""
-        coded = [found for found in self._pool.map(functools.partial(self._sort_out, base_name), parts) if found]
+    def pack_tensor(self, base_name: str, parts: Sequence[Part], advance: Advance) -> None:
+        """Everything about one base tensor.
+
+        Args:
+            base_name: it.
+            parts: what the experts made of it.
+            advance: is told bytes of *parts* as they come along, at most all of them.
+        """
+
+        def advance_pass(nbytes: int) -> None:
+            advance(nbytes // _PASSES)
+
+        sort_out = functools.partial(self._sort_out, base_name, advance_pass)
+        coded = [found for found in self._pool.map(sort_out, parts) if found]
         if coded and self._given is not None and not is_merged(self._given, self._base, base_name):
             for found in coded:
                 self.tasks[found.part.expert.task].store_private(found.part.name, "the merged model does not have it")
         elif coded:
-            self._pack_stack(Stack(self._base, base_name, coded, self._given))
+            self._pack_stack(Stack(self._base, base_name, coded, self._given), advance_pass)
 
-    def _sort_out(self, base_name: str, part: Part) -> Examined | None:
+    def _sort_out(self, base_name: str, advance: Advance, part: Part) -> Examined | None:
         """Store a part that is not coded; what was found of one that is."""
         found = examine(self._base, base_name, part)
+        advance(part.spec.nbytes)
         if found.statistics is None:
             self._store_uncoded(base_name, found)
             return None
@@ -187,12 +201,12 @@ class GroupPacker:
         else:
             task.entries[part.name] = tables.SameTensor(**_identity(part, base_name))
 
-    def _pack_stack(self, stack: Stack) -> None:
+    def _pack_stack(self, stack: Stack, advance: Advance) -> None:
         list(self._pool.map(stack.keep, range(len(stack.parts))))
         fit, dtype = self._fits(stack.name)
         factors = [self._factors.get((part.expert.task, part.name), 1.0) for part in stack.parts]
-        fitted = StackFit(stack, fit, dtype, self._root, factors)
-        scaled = fitted.run(stack.spans, self._pool.map)
+        fitted = StackFit(stack, fit, dtype, self._root, factors=factors, advance=advance)
+        scaled = fitted.run(self._pool.map)
         if fit.kind != "signed":
             self._estimate_signed(stack)
         store = functools.partial(self._store_part, fitted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from tallstore.packing.group import GroupPacker
 from tallstore.packing.outcome import PackReport, report
 from tallstore.packing.plan import Expert, counts_for_the_trim, is_private, parts_by_base_name
 from tallstore.packing.stack import coded_stack, trimmable_chunks
+from tallstore.packing.stack_fit import Advance
 
 #: By base tensor: what codes it, and the dtype of its shared vectors.
 Fits = Callable[[str], tuple[Fit, SharedDtype]]
@@ -177,8 +179,9 @@ class Job:
 
     def _pack_tensors(self, group: GroupPacker) -> None:
         for base_name, parts in self._parts.items():
-            group.pack_tensor(base_name, parts)
-            self._meter.advance(sum(part.spec.nbytes for part in parts))
+            share = _Share(sum(part.spec.nbytes for part in parts), self._meter.advance)
+            group.pack_tensor(base_name, parts, share.advance)
+            share.end()
         for task in group.tasks.values():
             for name, counterpart in task.expert.base_names.items():
                 if counterpart is None:
@@ -186,6 +189,25 @@ class Job:
                     task.store_private(name, "asked for by private=" if private else "the base does not have it")
                     self._meter.advance(task.expert.checkpoint.spec(name).nbytes)
         self._meter.end_phase()
+
+
+class _Share:
+    """What one tensor is of the whole: bytes as they come along, and all that are left when it is done."""
+
+    def __init__(self, nbytes: int, tell: Advance) -> None:
+        self._left, self._tell = nbytes, tell
+        self._lock = threading.Lock()
+
+    def advance(self, nbytes: int) -> None:
+        """So many more bytes are done; never more than there are. Threads may share it."""
+        with self._lock:
+            told = min(nbytes, self._left)
+            self._left -= told
+        self._tell(told)
+
+    def end(self) -> None:
+        """It is done, whatever was told."""
+        self.advance(self._left)
 
 
 def passes_before(method: Method) -> int:

@@ -87,8 +87,8 @@ def pack(
     Cost:
         Each expert is read at most twice to fit it, and once more to measure it; TIES reads each twice more. Memory
         stays under 1 GiB whatever the sizes. On disk, the bundle and its staging copy. With *calibrate*, one more pack
-        in scratch space, the steps of every task, and in memory one expert three times over in float32 (the base, what
-        the task adds, and the weights of a step) and what the loss takes.
+        in scratch space, the steps of every task, and in memory one expert four times over in float32 (the base, what
+        the task adds, the weights of a step, and their gradients) and what the loss takes.
 
     Raises:
         InputError: an input cannot be read or packed; names task and tensor.

@@ -245,13 +245,6 @@ class Stack:
         """Rows of one part."""
         return max(1, self.parts[position].numel // self.row_length)
 
-    def sum_squares(self, position: int, span: Span) -> float:
-        """Of one part's task vector in *span*; 0 where it does not cover it."""
-        part = self.parts[position]
-        if span.stop > part.numel:
-            return 0.0
-        return float(torch.linalg.vector_norm(self._task_vector(part, span), dtype=torch.float64)) ** 2
-
     def keep(self, position: int) -> None:
         """Hold the task vector of the part at *position* in memory, where all of them are small enough for that."""
         if self._kept is None:

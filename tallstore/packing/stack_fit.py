@@ -17,14 +17,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tallstore.fit import WIDEST, Coded, Fit, Projections, Shared, Tile, present, side_values, solve
+from tallstore.format.dtypes import itemsize
 from tallstore.format.manifest import SharedDtype
 from tallstore.format.r13 import in_range, r13
 from tallstore.packing.fidelity import dot
 from tallstore.packing.shared_vector import SharedVectors
 from tallstore.packing.stack import Span, Stack, cast, result_dtype
 
+#: Projections in one tile, and the fit's own scale there.
+_Found = tuple[Projections, float | Tensor]
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+#: Is told, by any thread, bytes of the experts' tensors that one pass over them is through with.
+Advance = Callable[[int], None]
 
 
 class Run(Protocol):
@@ -58,42 +65,52 @@ class StackFit:
         dtype: of the shared vectors.
         directory: where scratch files may be made.
         factors: what the gains of each part are multiplied by; 1 where it is not given.
+        advance: is told of two passes: of tiles that are fitted, and of those that are coded.
     """
 
     def __init__(
-        self, stack: Stack, fit: Fit, dtype: SharedDtype, directory: Path, factors: Sequence[float] | None = None
+        self,
+        stack: Stack,
+        fit: Fit,
+        dtype: SharedDtype,
+        directory: Path,
+        *,
+        factors: Sequence[float] | None = None,
+        advance: Advance = lambda _nbytes: None,
     ) -> None:
-        self.stack, self.fit = stack, fit
+        self.stack, self.fit, self._advance = stack, fit, advance
         self._factors = [1.0] * len(stack.parts) if factors is None else factors
         self.shared = SharedVectors(stack, fit.roles, dtype, directory)
-        self._scales: list[float | NDArray[np.float32]] = [0.0] * len(stack.parts)
 
-    def run(self, spans: Sequence[Span], run: Run = map) -> list[Scaled]:
-        """Merge and code the tiles of *spans*, all of the stack's or a sample of them; how each part is scaled."""
+    def run(self, run: Run = map) -> list[Scaled]:
+        """Merge and code every tile; how each part is scaled."""
         for vector in self.shared:
             if vector.needs_largest:
                 tiles = ((span, self.stack.tile(span)) for span in self.stack.spans)
                 vector.see((span, self.fit.merge(tile)[vector.role]) for span, tile in tiles if tile.tasks)
-        fitted = list(run(self._fit_span, spans))
+        fitted = list(run(self._fit_span, self.stack.spans))
         return [
-            self._scaled(position, spans, [found.get(position) for found in fitted]) for position in self._positions
+            self._scaled(position, [found.get(position) for found in fitted])
+            for position in range(len(self.stack.parts))
         ]
 
-    @property
-    def _positions(self) -> range:
-        return range(len(self.stack.parts))
-
-    def _fit_span(self, span: Span) -> dict[int, tuple[Projections, float | Tensor]]:
+    def _fit_span(self, span: Span) -> dict[int, _Found]:
         """Merge one tile; each part's projections in it, and its fit's own scale."""
         tile = self.stack.tile(span)
         self.shared.store(span, self.fit.merge(tile) if tile.tasks else {})
         shared = self.shared.stored(span)
-        return {
+        found = {
             self.stack.position(task): self._project(self.fit, tile, place, shared)
             for place, task in enumerate(tile.tasks)
         }
+        self._advance(sum(self._nbytes(position, span) for position in found))
+        return found
 
-    def _project(self, fit: Fit, tile: Tile, place: int, shared: Shared) -> tuple[Projections, float | Tensor]:
+    def _nbytes(self, position: int, span: Span) -> int:
+        """Of one part in a tile that it covers, as the expert has it."""
+        return (span.stop - span.start) * itemsize(self.stack.parts[position].spec.dtype)
+
+    def _project(self, fit: Fit, tile: Tile, place: int, shared: Shared) -> _Found:
         """Projections of one part in a tile, under the scales of its rows but not under that of its tensor; scales."""
         coded, vector = fit.code(tile, place, shared), tile.task_vectors[place]
         sides, scale = side_values(fit.kind, coded, shared, fit.levels), coded.scale
@@ -107,53 +124,40 @@ class StackFit:
         fixed = shared["centre"] if where is None else torch.where(where, shared["centre"], 0.0)
         return Projections(along, energy, dot(fixed, vector), dot(fixed, sides)), scale
 
-    def _scaled(
-        self, position: int, spans: Sequence[Span], found: Sequence[tuple[Projections, float | Tensor] | None]
-    ) -> Scaled:
+    def _scaled(self, position: int, found: Sequence[_Found | None]) -> Scaled:
         """How one part is scaled: by the fit, or by its fallback where that degenerates."""
-        scaled = self._solve(self.fit, position, spans, found)
+        scaled = self._solve(self.fit, position, found)
         fallback = self.fit.fallback
         if scaled.reason is None or fallback is None:
             return scaled
         numel = self.stack.parts[position].numel
+        spans = self.stack.spans
         again = [self._project_again(fallback, span, position) if span.stop <= numel else None for span in spans]
-        second = self._solve(fallback, position, spans, again)
+        second = self._solve(fallback, position, again)
         return scaled if second.reason is not None else second
 
-    def _project_again(self, fit: Fit, span: Span, position: int) -> tuple[Projections, float | Tensor]:
+    def _project_again(self, fit: Fit, span: Span, position: int) -> _Found:
         return self._project(fit, self.stack.tile(span, only=position), 0, self.shared.stored(span))
 
-    def _solve(
-        self, fit: Fit, position: int, spans: Sequence[Span], found: Sequence[tuple[Projections, float | Tensor] | None]
-    ) -> Scaled:
-        statistics = self.stack.statistics[position]
+    def _solve(self, fit: Fit, position: int, found: Sequence[_Found | None]) -> Scaled:
         total = sum((projections for projections, _ in filter(None, found)), Projections())
-        scales = self._own_scales(position, spans, [None if item is None else item[1] for item in found])
+        scales = self._own_scales(position, [None if item is None else item[1] for item in found])
         if isinstance(scales, float):
             total = total.times(scales)
-        # A sample of the tiles has a sample of the task vector, whose whole is known.
-        gain = solve(fit.gain, statistics.sum_squares * self._share(position, spans), total)
+        gain = solve(fit.gain, self.stack.statistics[position].sum_squares, total)
         if fit.kind == "sparse" and math.isnan(gain):
             gain = 1.0  # nothing is kept here, as the method has it: that is no reason to keep everything
         with np.errstate(over="ignore", invalid="ignore"):  # a scale may be beyond float32, and is refused below
             gains = r13(np.atleast_1d(scales) * (self._factors[position] * gain if math.isfinite(gain) else 0.0))
         return Scaled(fit, gains, self._why_not(fit, gain, gains))
 
-    def _share(self, position: int, spans: Sequence[Span]) -> float:
-        if len(spans) == len(self.stack.spans):
-            return 1.0
-        sampled = sum(self.stack.sum_squares(position, span) for span in spans)
-        return sampled / self.stack.statistics[position].sum_squares
-
-    def _own_scales(
-        self, position: int, spans: Sequence[Span], scales: Sequence[float | Tensor | None]
-    ) -> float | NDArray[np.float64]:
-        """The fit's own scale of a part: one number, or one a row, 0 for the rows that were not looked at."""
+    def _own_scales(self, position: int, scales: Sequence[float | Tensor | None]) -> float | NDArray[np.float64]:
+        """The fit's own scale of a part: one number, or one a row."""
         numbers = [scale for scale in scales if scale is not None]
         if not numbers or not isinstance(numbers[0], Tensor):
             return next((scale for scale in numbers if isinstance(scale, float)), 0.0)
         rows = np.zeros(self.stack.rows_of(position), np.float64)
-        for span, scale in zip(spans, scales, strict=True):
+        for span, scale in zip(self.stack.spans, scales, strict=True):
             if isinstance(scale, Tensor):
                 rows[span.row : span.row + span.rows] = scale.numpy()
         return rows
@@ -174,7 +178,9 @@ class StackFit:
     def code(self, scaled: Scaled, span: Span, position: int) -> tuple[Coded, Tile]:
         """The codes of one part in one tile, and the tile."""
         tile = self.stack.tile(span, only=position)
-        return scaled.fit.code(tile, 0, self.shared.stored(span)), tile
+        coded = scaled.fit.code(tile, 0, self.shared.stored(span))
+        self._advance(self._nbytes(position, span))
+        return coded, tile
 
     def rebuild(self, scaled: Scaled, span: Span, position: int, coded: Coded) -> Tensor:
         """What a reader gets of one part in one tile, less the base: float64, after the final rounding."""

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -87,6 +88,10 @@ def test_warnings_are_one_line_on_stderr(bundle, verify):
 
 def test_hints_name_options_and_leave_the_rest_alone():
     assert in_options("SignedMask() would be smaller") == "--method signed-mask would be smaller"
+    assert in_options("k is 9; give fewer") == "--k is 9; give fewer"
+    assert in_options("tasks: there are none") == "--task: there are none"
+    assert in_options("evaluate: gave nan") == "--evaluate: gave nan"
+    assert in_options("bundle: a task k is not fetched") == "bundle: a task k is not fetched"
     assert in_options("x/mask_lambda_1 and a\\\\b") == "x/mask_lambda_1 and a\\\\b"
     assert in_options("give key_mapping={regular expression: replacement}") == (
         "give --key-mapping 'REGEX=REPLACEMENT'"
@@ -162,16 +167,18 @@ def examples(*page):
     return [shlex.split(command)[1:] for command in commands], "\n".join(comments)
 
 
-@pytest.mark.parametrize("page", [[], ["pack"], ["inspect"], ["verify"], ["export"]])
+@pytest.mark.parametrize("page", [[], *([command] for command in COMMANDS if command != "demo")])
 def test_examples_run_as_they_stand(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_model(Path("bert"), base_tensors())
-    for seed, name in enumerate(("spam", "mood")):
+    for seed, name in enumerate(("spam", "mood", "topic")):
         save_model(Path("fine-tunes", name), expert_tensors(seed))
-    run("pack", "--base", "bert", "--experts", "fine-tunes", "--out", "bundle")
+    method = {"consensus": "tall-mask", "stitch": "localize"}.get("".join(page), "signed-mask")
+    run("pack", "--base", "bert", "--experts", "fine-tunes", "--out", "bundle", "--method", method)
     commands, comments = examples(*page)
     listed = "\n".join(line for line in comments.splitlines() if line.startswith("   "))
     Path("experts.toml").write_text(listed.replace("hub:org/bert-mood@main", "fine-tunes/mood"))
+    Path("my_scores.py").write_text(textwrap.dedent(listed).replace("…", "right, count = 1, 2"))
     for command in commands:
         if command[0] == "pack":
             shutil.rmtree("bundle")

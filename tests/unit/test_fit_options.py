@@ -68,6 +68,7 @@ def test_a_threshold_of_other_levels():
 
 def test_a_centre_of_the_published_signs():
     refused(Sign, "published form has no centre", centre=True, gain="published")
+    refused(Uniform, "where a level is not 0", levels=3, centre=True)
 
 
 @pytest.mark.parametrize("density", [0, 0.0, -0.1, 1.001, 2, math.nan, math.inf, "0.1", None, True, [0.1]], ids=repr)

@@ -46,6 +46,7 @@ def test_an_error_and_the_version_import_no_torch():
         (["pack", "--help"], {"msgspec"}),
         (["pack", "--base"], {"msgspec"}),
         (["inspect", "nothing"], {"numpy"}),
+        (["statistics", "nothing"], set()),
         (["verify", "nothing"], set()),
     ],
 )

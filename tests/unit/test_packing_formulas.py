@@ -49,7 +49,7 @@ METHODS = [
     *(Uniform(levels, "tensor", gain) for levels in (3, 8) for gain in GAINS[1:]),
     *(Uniform(levels, scale, "published") for levels in (4, 16) for scale in ("tensor", "row")),
     *(Uniform(3, scale, threshold=threshold) for scale in ("tensor", "row") for threshold in (0.0, 1.0)),
-    *(Uniform(levels, "row", gain, centre=True) for levels in (3, 16) for gain in GAINS),
+    *(Uniform(levels, "row", gain, centre=True) for levels in (4, 16) for gain in GAINS),
     *(Localize(0.1, gain=gain) for gain in GAINS),
     *(Localize(0.1, MASKS, gain) for gain in GAINS),
     Localize(1.0, values_dtype="bfloat16"),

@@ -8,6 +8,7 @@ import torch
 from tallstore import SignedMask
 from tallstore.checkpoints import open_checkpoint
 from tallstore.format import shard_writer
+from tallstore.packing.group import GroupPacker
 from tallstore.packing.plan import name_experts, parts_by_base_name
 from tallstore.packing.stack import Span, Stack, examine
 from tests.packing_cases import METHODS, assert_same, base_model, contents, experts_of, forced, normal, pack, tuned
@@ -165,6 +166,59 @@ def test_bundles_of_many_shards(tmp_path, monkeypatch, limit, value):
     assert len(many.tables["a"].shards) > len(one.tables["a"].shards)
     for task in experts:
         assert_same(many.states[task], one.states[task])
+
+
+# --- how far it has come ----------------------------------------------------------------------------------------------
+
+
+def told_by_tensor(monkeypatch, *arguments, **options):
+    """What a pack tells: all of it, and how far it was when each tensor was done."""
+    told, ends = [], {}
+    pack_tensor = GroupPacker.pack_tensor
+
+    def spied(group, name, parts, advance):
+        pack_tensor(group, name, parts, advance)
+        ends[name] = told[-1][0]
+
+    monkeypatch.setattr(GroupPacker, "pack_tensor", spied)
+    pack(*arguments, progress=lambda *how: told.append(how), **options)
+    return told, ends
+
+
+@pytest.mark.parametrize("name", ["signed", "tall", "two levels", "localize"])
+def test_a_large_tensor_moves_the_bar_tile_by_tile(tmp_path, monkeypatch, name):
+    forced(monkeypatch, tile=320, smallest_tile=320)
+    base = {name: normal(80, 64, seed=seed) for seed, name in enumerate(("first", "second"))}
+    experts = experts_of(base)
+    told, ends = told_by_tensor(monkeypatch, base, experts, tmp_path / "bundle", method=METHODS[name])
+    share = len(experts) * base["first"].nbytes
+    done, total = [how[0] for how in told], told[-1][1]
+    start = total - 2 * share  # some methods read whole task vectors before
+    assert {how[1] for how in told} == {total}
+    assert done == sorted(done)
+    assert done[-1] == total
+    # The two passes over a tensor's sixteen tiles tell of each, and do not run into the share of the next tensor.
+    assert len({value for value in done if start < value <= start + share}) > 2 * 16
+    assert share * 0.98 <= ends["first"] - start <= share
+    assert share * 0.98 <= ends["second"] - start - share <= share
+    assert start + share in done
+
+
+def test_no_tensor_tells_more_than_its_share(tmp_path, monkeypatch):
+    """Resized, equal to the base, of integers, or the expert's alone: what is not coded is told as a whole."""
+    forced(monkeypatch, tile=300, smallest_tile=300)
+    base = model()
+    experts = resized_experts(base) | {"d": {**base, "own": normal(7, 9)}}
+    for expert in (base, *experts.values()):
+        expert["steps"] = torch.arange(5000)
+    told, ends = told_by_tensor(monkeypatch, base, experts, tmp_path / "bundle")
+    before = 0
+    for name, end in ends.items():
+        share = sum(expert[name].nbytes for expert in experts.values())
+        assert before <= end <= before + share
+        before += share
+    assert ends.keys() == base.keys()
+    assert told[-1] == (before + 7 * 9 * 4, before + 7 * 9 * 4)
 
 
 # --- spans and tiles --------------------------------------------------------------------------------------------------

@@ -15,11 +15,14 @@ import tallstore
 from tallstore import Emr, LeastSquares, Localize, Sign, SignedMask, TallMask, Uniform
 from tallstore.errors import IntegrityError, NotFetchedError, OptionError, UnknownTaskError
 from tallstore.format import bits
+from tallstore.format.bundle_files import BundleFiles
 from tallstore.format.dtypes import CHUNK_NUMEL
 from tallstore.inspecting import statistics
 from tallstore.inspecting.agreement import at_least, overlaps, profile, tally
 from tallstore.inspecting.claims import other_than
+from tallstore.inspecting.lineage import lineages
 from tests.bundle_builder import Bundle, Group, Task
+from tests.few_files import few_files
 from tests.packing_cases import base_model, experts_of, pack, tuned
 
 # --- counting on packed bits ------------------------------------------------------------------------------------------
@@ -48,7 +51,7 @@ def test_counts_are_those_of_the_unpacked_masks(masks):
     sums = masks.sum(0)
     assert len(digits) == count.bit_length()
     assert profile(digits, count, numel).tolist() == np.bincount(sums, minlength=count + 1).tolist()
-    for k in range(1, count + 2):
+    for k in range(count + 2):
         reached = np.unpackbits(at_least(digits, k).view(np.uint8), count=numel, bitorder="little")
         assert (reached == (sums >= k)).all()
     wide = masks.astype(np.int64)
@@ -306,6 +309,38 @@ def test_a_bundle_without_masks_has_nothing_to_count(tmp_path):
     assert json.dumps(found.to_dict())
 
 
+# --- which tensor is whose --------------------------------------------------------------------------------------------
+
+
+def test_a_tensor_belongs_to_the_name_that_is_in_use(tmp_path):
+    """Of names that the base ties, each that is in use is a tensor of its own; the others go with the first of them."""
+    base = {name: torch.ones(4) for name in ("a", "b", "c", "d", "w")}
+    hand = Hand(tmp_path / "bundle", base)
+    one, other = hand.task("one"), hand.task("other")
+    for task, names in ((one, "bdw"), (other, "b")):
+        for name in names:
+            task.same(name)
+    other.mask("mine", np.ones(4), base="w")
+    other.private("w", torch.zeros(4))  # has the name of the base's, and is none of its
+    files = BundleFiles(hand.seal(base_aliases=dict.fromkeys("bcd", "a")))
+    tasks = [files.task("one"), files.task("other")]
+
+    def found(**options):
+        return {
+            lineage.name: (lineage.names, [tensor and tensor.name for tensor in lineage.made])
+            for lineage in lineages(files.base, tasks, **options)
+        }
+
+    assert found() == {
+        "b": (("a", "b", "c"), ["b", "b"]),
+        "d": (("d",), ["d", None]),
+        "w": (("w",), ["w", "mine"]),
+    }
+    assert found(shared=["c"]) == found() | {"b": (("a", "b"), ["b", "b"]), "c": (("c",), [None, None])}
+    tasks.clear()
+    assert found() == {"a": (("a", "b", "c", "d"), []), "w": (("w",), [])}
+
+
 # --- ties -------------------------------------------------------------------------------------------------------------
 
 
@@ -411,10 +446,14 @@ def test_a_base_is_not_needed_and_nothing_else_is_read(packed):
         assert bundle.bytes_read <= masks + tables
 
 
-def test_more_tasks_than_may_be_open_at_once(packed, monkeypatch):
-    due = tallstore.open_bundle(packed.root).statistics()
-    monkeypatch.setattr(statistics, "MAX_HELD", 3)
-    assert tallstore.open_bundle(packed.root).statistics() == due
+def test_more_tasks_than_may_be_open_at_once(tmp_path, monkeypatch):
+    hand = Hand(tmp_path / "bundle", {"w": torch.ones(5000)})
+    claims = [hand.mask(hand.task(f"task {number}"), "signed", "w") for number in range(30)]
+    root = hand.seal()
+    monkeypatch.setattr(statistics, "MAX_HELD", 10)
+    with few_files(monkeypatch):
+        found = tallstore.open_bundle(root).statistics()
+    assert_counts(found, {"w": claims})
 
 
 def test_progress_goes_from_nothing_to_all_of_the_masks(packed):

@@ -17,7 +17,7 @@ from tallstore.checkpoints import open_checkpoint
 from tallstore.errors import NameMismatchError
 from tallstore.packing.plan import name_experts
 from tallstore.tuning import masks as masks_module
-from tests.packing_cases import Model, normal, pack
+from tests.packing_cases import Model, base_model, normal, pack, tuned
 from tests.reference import same_bits
 from tests.tuning_problem import Problem, trained_problem
 
@@ -95,9 +95,7 @@ def test_a_step_is_the_gradient_of_the_objective(l1):
     most = sum(int((score > 0).sum()) for score in start.values())
     assert most == math.floor(0.2 * 148) + 1  # the trim keeps what ties with the last one that it drops
 
-    leaves = [scored.masked().requires_grad_() for scored in localised.scored]
-    slopes = torch.autograd.grad(curved(localised.state_dict(leaves)), leaves)
-    localised.descend(slopes, 0.7, l1)
+    localised.descend(localised.slopes(curved, "the loss"), 0.7, l1)
 
     slopes = reference_slopes(base, expert, start, l1)
     expected = reference_step(start, slopes, 0.7 / rms(slopes), most)
@@ -195,6 +193,23 @@ def test_the_loss_sees_the_whole_expert_under_its_own_names():
             assert same_bits(weights[name], expert[name])
         weight = weights["model.a.weight"]
         assert ((weight == base["a.weight"]) | (weight == base["a.weight"] + (tied - base["a.weight"]))).all()
+
+
+def test_tensors_of_every_shape():
+    base = base_model()
+    expert = tuned(base, 1)
+
+    def loss(weights: Model) -> Tensor:
+        assert {name: (value.dtype, value.shape) for name, value in weights.items()} == {
+            name: (value.dtype, value.shape) for name, value in expert.items()
+        }
+        return torch.stack([value.square().sum() for value in weights.values() if value.requires_grad]).sum()
+
+    masks = train_masks(base, expert, loss, density=0.1, steps=3)
+    assert {name: mask.shape for name, mask in masks.items()} == {
+        name: value.shape for name, value in base.items() if value.is_floating_point() and value.numel()
+    }
+    assert {mask.dtype for mask in masks.values()} == {torch.bool}
 
 
 def test_private_tensors_are_the_experts_own():
@@ -350,6 +365,7 @@ def test_an_error_of_the_loss_itself_comes_through():
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
+        ("loss", None, "loss is None; give a function"),
         ("density", 0, "density is 0; give a share above 0"),
         ("density", 1.5, "density is 1.5"),
         ("density", "thin", "density is 'thin'"),
@@ -362,7 +378,7 @@ def test_an_error_of_the_loss_itself_comes_through():
 )
 def test_options_out_of_range(option, value, message):
     with pytest.raises(OptionError, match=f"train_masks: {message}"):
-        train_masks(*small_models(), curved, **{option: value})
+        train_masks(*small_models(), **{"loss": curved, option: value})
 
 
 def test_models_without_a_name_in_common():
