@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,7 @@ def export_all(
 
 def export_merged(
     bundle: Bundle,
-    weights: Mapping[str, torch.Tensor],
+    merge: Callable[[], Mapping[str, torch.Tensor]],
     out: str | os.PathLike[str],
     *,
     name: str = "merged",
@@ -149,11 +149,11 @@ def export_merged(
     overwrite: bool = False,
     inputs: Sequence[str | os.PathLike[str]] = (),
 ) -> Exported:
-    """Write one merged model to *out*, as `Bundle.consensus` or `Bundle.stitch` gave it, with the base's own files.
+    """Write one merged model to *out*, as `Bundle.consensus` or `Bundle.stitch` makes it, with the base's own files.
 
     Args:
         bundle: that it was merged from, for the base's config and tokenizer.
-        weights: by name.
+        merge: makes the weights, by name; called once *out* is known to be free.
         out: the directory; it appears in one step, complete.
         name: of the result, for the report.
         max_shard_nbytes: as of `export`.
@@ -165,6 +165,7 @@ def export_merged(
     """
     target = Path(out)
     _check_output(target, (bundle.path, *map(Path, inputs)), overwrite=overwrite)
+    weights = merge()
     specs = {key: TensorSpec(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in weights.items()}
 
     def read(key: str) -> Iterator[bytes]:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Final
 import typer
 
 import tallstore
-from tallstore.cli.commands import compare, consensus, demo, export, inspect, pack, stitch, verify
+from tallstore.cli.commands import compare, consensus, demo, export, inspect, pack, statistics, stitch, verify
 from tallstore.cli.help import Command, Group
 from tallstore.errors import TallstoreError
 
@@ -164,6 +164,7 @@ def _add(command: Callable[..., None], usage: str, examples: str) -> None:
 
 _add(pack.pack, pack.USAGE, pack.EXAMPLES)
 _add(inspect.inspect, inspect.USAGE, inspect.EXAMPLES)
+_add(statistics.statistics, statistics.USAGE, statistics.EXAMPLES)
 _add(verify.verify, verify.USAGE, verify.EXAMPLES)
 _add(export.export, export.USAGE, export.EXAMPLES)
 _add(compare.compare, compare.USAGE, compare.EXAMPLES)

@@ -28,6 +28,11 @@ def significant(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.4g}"
 
 
+def percent(share: float | None) -> str:
+    """A share of a whole: ``"12.3 %"``."""
+    return NOTHING if share is None else f"{100 * share:.1f} %"
+
+
 def several(count: int, noun: str) -> str:
     """So many of a thing: ``"1 task"``, ``"3 tasks"``."""
     return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -19,6 +19,8 @@ _OPTIONS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], str]], ...] = (
     (re.compile(r"\bLocalize\(\)"), lambda _: "--method localize"),
     (re.compile(r"\bTallMask\(\)"), lambda _: "--method tall-mask"),
     (re.compile(r"\boverwrite=True"), lambda _: "--overwrite"),
+    (re.compile(r"^tasks(?=: )"), lambda _: "--task"),
+    (re.compile(r"^(?:(?:k|scale)(?= is )|evaluate(?=: ))"), lambda found: f"--{found[0]}"),
     (re.compile(r"\bprivate="), lambda _: "--private"),
     (
         re.compile(r"\b(?:base_ref|merged_dtype|mask_lambda|key_mapping)\b"),

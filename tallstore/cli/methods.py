@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import fields
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
@@ -99,6 +100,37 @@ def make_method(name: MethodName, options: Mapping[str, Any]) -> Method:
     method = getattr(tallstore, _METHODS[name][0])
     made: Method = method.published() if name is MethodName.TALL_MASK_PUBLISHED else method(**options)
     return made
+
+
+def check_compared(names: Iterable[MethodName]) -> None:
+    """A usage error where one has no settings to compare."""
+    if MethodName.AUTO in names:
+        raise typer.BadParameter("auto chooses among the others; give one of those", param_hint="--method")
+
+
+def compared_settings(names: Collection[MethodName]) -> list[Method] | None:
+    """What `compare` takes of the methods of *names*; None, which is all of it, without any. Imports torch."""
+    if not names:
+        return None
+    from tallstore.packing.comparing import METHODS  # noqa: PLC0415 - torch
+
+    return [method for method in METHODS if _name_of(method) in names or MethodName(method.name) in names]
+
+
+def as_options(method: Method) -> str:
+    """A method of `compare` as it is typed behind `tallstore pack --method`. Imports torch."""
+    name = _name_of(method)
+    words = [str(name.value)]
+    for field in () if name is MethodName.TALL_MASK_PUBLISHED else fields(method):
+        value = getattr(method, field.name)
+        if value != field.default:
+            words += [_flag(field.name)] if value is True else [_flag(field.name), str(value)]
+    return " ".join(words)
+
+
+def _name_of(method: Method) -> MethodName:
+    is_published = method == tallstore.TallMask.published()
+    return MethodName.TALL_MASK_PUBLISHED if is_published else MethodName(method.name)
 
 
 def _flag(option: str) -> str:

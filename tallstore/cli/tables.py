@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
@@ -15,6 +15,7 @@ from rich.text import Text
 
 _NARROWEST_NAME = 12
 _GAP = 2
+_WORDS = re.compile(r"\S*\s*")
 _PARTS = re.compile(r"[^\s./_-]*[\s./_-]*")
 _FIRST_NEEDED = 7
 
@@ -68,6 +69,11 @@ def print_table(console: Console, columns: Sequence[Column | None]) -> list[str]
     return [column.heading for column in shown]
 
 
+def fits(columns: Sequence[Column], width: int) -> bool:
+    """Whether all of them do, with no name folded shorter than it may be at its best."""
+    return sum(column.width + _GAP for column in columns) - _GAP <= width
+
+
 def _widths(columns: Sequence[Column], width: int) -> list[int]:
     """What each column takes of *width*: numbers all they need; of the others the widest gives way first."""
     widths = [column.whole_width for column in columns]
@@ -87,16 +93,27 @@ def _row(columns: Sequence[Column], widths: Sequence[int], cells: Sequence[str])
 
 
 def _folded(text: str, width: int) -> list[str]:
-    """Lines of at most *width*, broken behind blanks, dots and dashes where there are some."""
+    """Lines of at most *width*, broken behind blanks; in words that are longer, behind dots and dashes if possible."""
     if cell_len(text) <= width:
         return [text]
     lines = [""]
-    for part in _PARTS.findall(text):
-        if cell_len(lines[-1] + part.rstrip()) <= width:
+    for part in _breakable(text, width):
+        word = part.rstrip()
+        if cell_len(lines[-1] + word) <= width:
             lines[-1] += part
         else:
-            lines += chop_cells(part, width)
-    return [line.rstrip() for line in lines if line]
+            lines += chop_cells(word, width)
+            lines[-1] += part[len(word) :]
+    return [line.rstrip() for line in lines if line.strip()]
+
+
+def _breakable(text: str, width: int) -> Iterator[str]:
+    """The parts of *text* that a line may end behind, blanks after them included."""
+    for word in _WORDS.findall(text):
+        if cell_len(word.rstrip()) <= width:
+            yield word
+        else:
+            yield from _PARTS.findall(word)
 
 
 def _line(columns: Sequence[Column], widths: Sequence[int], cells: Sequence[str]) -> str:

@@ -51,7 +51,7 @@ def tally(masks: Words | Sequence[Words]) -> list[Words]:
 
 
 def at_least(digits: Sequence[Words], k: int) -> Words:
-    """Where the counts of `tally` are *k* or more, from 1: as a mask."""
+    """Where the counts of `tally` are *k* or more: as a mask; for k = 0, bits behind the last weight are set too."""
     if k >> len(digits):
         return np.zeros_like(digits[0])
     # From the lowest digit up: a digit that differs from k's decides, and a higher one overrules it.

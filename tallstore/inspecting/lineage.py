@@ -39,13 +39,11 @@ class Lineage:
         return self.tensor.dtype in CODED and self.numel > 0
 
     def is_whole(self, tensor: Whole | None) -> bool:
-        """Whether one of its tensors is stored whole, and has a task vector: in the base's shape and as floats."""
-        return (
-            isinstance(tensor, PrivateTensor)
-            and self.has_weights
-            and tensor.dtype in CODED
-            and tensor.shape == self.tensor.shape
-        )
+        """Whether one of its tensors is stored whole, and has a task vector: as floats, in the base's shape.
+
+        A tensor of another shape, such as a head of other classes, is no fine-tune of the base's.
+        """
+        return isinstance(tensor, PrivateTensor) and tensor.dtype in CODED and tensor.shape == self.tensor.shape
 
 
 def lineages(base: BaseTensors, tasks: Sequence[Task], shared: Collection[str] = ()) -> list[Lineage]:

@@ -105,8 +105,6 @@ class _Consensus:
         def added(start: int, stop: int) -> Tensor:
             exact = {place: read(start, stop) for place, read in vectors.items()}
             merged = self._merged(exact) if shared is None else shared(start, stop)
-            if self._k == 0:
-                return merged * self._scale
             claims = room[:, : words(stop - start)]
             for place, row in zip(self._counted, claims, strict=True):
                 if place in masks:
@@ -134,10 +132,13 @@ class _Consensus:
         return masks
 
     def _claim(self, place: int, vector: Tensor | None, merged: Tensor, row: Words) -> None:
-        """Write the mask of a tensor that is stored whole, by equation 4; an empty one for all others."""
+        """Write the mask of a tensor that is stored whole, by equation 4; an empty one for all others.
+
+        Where merged is 0 there is nothing to claim, whatever it says.
+        """
         row[:] = 0
         if vector is not None:
-            mask = (vector.abs() > self._lambda(place) * (merged - vector).abs()) & (merged != 0)
+            mask = vector.abs() > self._lambda(place) * (merged - vector).abs()
             packed = np.packbits(mask.numpy(), bitorder="little")
             row.view(np.uint8)[: packed.size] = packed
 

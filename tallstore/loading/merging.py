@@ -92,8 +92,7 @@ class Merging:
     def own_vector(self, task: Task, tensor: Whole | None, lineage: Lineage) -> Elements | None:
         """The exact task vector of a tensor that a task stores whole; None of any other.
 
-        What is not finite in it counts as 0, such as between equal infinities. A tensor of another shape, such as a
-        head of other classes, is no fine-tune of the base's.
+        What is not finite in it counts as 0, such as between equal infinities.
         """
         if tensor is None or not lineage.is_whole(tensor):
             return None

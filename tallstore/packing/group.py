@@ -26,7 +26,7 @@ from tallstore.format.shard_writer import POOLED_NUMEL, ShardWriter
 from tallstore.packing.code_writer import CODES, CodeWriter
 from tallstore.packing.fidelity import Estimated, Sums, dot, sign_estimate, signed_estimates
 from tallstore.packing.plan import Expert, Part
-from tallstore.packing.stack import Examined, Stack, examine, is_merged, unfit
+from tallstore.packing.stack import Examined, Span, Stack, examine, is_merged, unfit
 from tallstore.packing.stack_fit import Advance, Scaled, StackFit
 
 _PASSES = 3  # over each part of a tensor: examined, fitted, coded
@@ -129,6 +129,7 @@ class GroupPacker:
         factors: Mapping[tuple[str, str], float],
         given: Checkpoint | None,
         compress: bool,
+        estimates: bool,
         pool: ThreadPoolExecutor,
     ) -> None:
         """Begin group g0001 in the bundle that is being written at *root*.
@@ -141,10 +142,11 @@ class GroupPacker:
             factors: by task and tensor of the expert, what its gains are multiplied by; 1 where there is none.
             given: somebody else's merged model, where the method merges none itself.
             compress: whether payloads are compressed where that makes them smaller; raw if not.
+            estimates: whether to estimate what other fits would reach.
             pool: threads to spread tiles and tasks over.
         """
         self._base, self._fits, self._factors, self._given = base, fits, factors, given
-        self._root, self._pool = root, pool
+        self._root, self._pool, self._estimates = root, pool, estimates
         self.id = "g0001"
         self.writer = ShardWriter(root / layout.group_directory(self.id), compress=compress)
         self.vectors: list[tables.Vector] = []
@@ -207,7 +209,7 @@ class GroupPacker:
         factors = [self._factors.get((part.expert.task, part.name), 1.0) for part in stack.parts]
         fitted = StackFit(stack, fit, dtype, self._root, factors=factors, advance=advance)
         scaled = fitted.run(self._pool.map)
-        if fit.kind != "signed":
+        if self._estimates and fit.kind != "signed":
             self._estimate_signed(stack)
         store = functools.partial(self._store_part, fitted)
         if any(list(self._pool.map(store, range(len(stack.parts)), scaled))):
@@ -218,11 +220,14 @@ class GroupPacker:
     def _estimate_signed(self, stack: Stack) -> None:
         """What `SignedMask()` would do: one tile in eight stands for the tensor, the first always."""
         share = 1 / -(-len(stack.spans) // 8)
-        for span in stack.spans[::8]:
+
+        def estimate(span: Span) -> dict[str, Estimated]:
             tile = stack.tile(span)
-            if tile.tasks:
-                for task, estimate in zip(tile.tasks, signed_estimates(tile, share), strict=True):
-                    self.tasks[task].signed.append(estimate)
+            return dict(zip(tile.tasks, signed_estimates(tile, share), strict=True)) if tile.tasks else {}
+
+        for found in self._pool.map(estimate, stack.spans[::8]):
+            for task, estimated in found.items():
+                self.tasks[task].signed.append(estimated)
 
     def _store_part(self, fitted: StackFit, position: int, scaled: Scaled) -> bool:
         """Store one task's codes, or its whole tensor where the fit degenerated; whether it was coded."""

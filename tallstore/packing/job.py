@@ -6,7 +6,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -37,11 +37,13 @@ class Options:
         private: glob patterns of tensors to store whole.
         base_ref: where readers get the base.
         compress: whether payloads are compressed where that makes them smaller.
+        estimates: whether to estimate what other fits would reach.
     """
 
     private: tuple[str, ...] = ()
     base_ref: HubRef | None = None
     compress: bool = True
+    estimates: bool = True
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ class Job:
 
     def over(self, base: Checkpoint, experts: tuple[Expert, ...]) -> Job:
         """The same job over other weights of the same names; nobody is told how far it has come."""
-        return Job(base, experts, self._options, meter=Meter(None, [0]), pool=self.pool)
+        options = replace(self._options, estimates=False)
+        return Job(base, experts, options, meter=Meter(None, [0]), pool=self.pool)
 
     def prepare(self, method: Method) -> Fit:
         """*method* at work on these experts."""
@@ -148,6 +151,7 @@ class Job:
             factors=fitting.factors,
             given=given,
             compress=options.compress,
+            estimates=options.estimates,
             pool=self.pool,
         )
         written = assemble.write_base(self.base, self._table, root, embed=embed)

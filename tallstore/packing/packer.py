@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from tallstore import files
 from tallstore.checkpoints import Checkpoint, CheckpointSource, open_checkpoint
 from tallstore.errors import OptionError, OutputExistsError, OutputInsideInputError
 from tallstore.fit import Auto, Method, SignedMask, TallMask, TallMaskFit
+from tallstore.fit.gain import is_number
 from tallstore.format import layout
 from tallstore.format.manifest import SharedDtype
 from tallstore.loading.bundle import open_bundle
@@ -162,7 +162,7 @@ class _Scorer:
 
     def _score(self, task: str, weights: dict[str, Tensor]) -> float:
         score = self._evaluate(task, weights)
-        if not math.isfinite(score):
+        if not is_number(score):
             raise OptionError(
                 f"evaluate: gave {score!r} for task {task!r}; give a finite number, larger where it is better"
             )

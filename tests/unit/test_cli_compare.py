@@ -58,7 +58,7 @@ def of_weights(weights):
 number = 3
 """
 BROKEN = {
-    "unfinished": "\nint('x')\n",
+    "unfinished": "\n[][1]\n",
     "unspelt": "def score(task, weights)\n    return 1\n",
     "needy": "import not_installed_here\n",
 }
@@ -126,7 +126,7 @@ def test_a_row_a_method_the_smallest_first(comparison, shown, columns):
     )
     assert set(rule) == {"─"}
     rows = sorted(comparison.rows, key=lambda row: row.bundle_nbytes)
-    found = [line for line in lines if re.search(r" kB ", line)]
+    found = [line for line in lines if re.search(r" kB  ", line)]
     assert len(found) == len(rows) == len(METHODS)
     for line, row in zip(found, rows, strict=True):
         assert line.startswith("*") == row.is_best
@@ -145,7 +145,7 @@ def test_scores_are_shown_where_there_are_some(comparison, shown):
 
     rows = tuple(scored(row, place / 100) for place, row in enumerate(comparison.rows))
     text = shown(rows=rows)
-    assert "0.125" in next(line for line in text.splitlines() if "uniform --levels 3 " in line) or "score" in text
+    assert text.split("\n")[1].split() == ["--method", "bundle", "ratio", "bits", "cosine", "by", "task", "score"]
     assert re.search(rf"^. +{as_options(rows[4].method)} .* 0\.14$", text, re.MULTILINE)
     assert "* no other is both smaller and of a better score\n" in text
     assert text.endswith("measured on whole packs\n")
@@ -176,7 +176,7 @@ def test_a_row_is_what_pack_takes(models, tmp_path, monkeypatch):
     for method in METHODS:
         options = ["--method", *shlex.split(as_options(method))]
         run("pack", "--base", models / "base", "--experts", models, "--out", tmp_path / "b", *options, code=130)
-    assert made == list(METHODS)
+    assert list(map(repr, made)) == list(map(repr, METHODS))
 
 
 def test_each_method_names_its_settings():
@@ -223,7 +223,7 @@ def test_inputs_go_to_the_library(models, tmp_path, monkeypatch):
         (["--base", "b", "--expert", "x"], "--expert: 'x' is not NAME=PATH"),
         (
             ["--base", "b", "--expert", "a=x", "--method", "best"],
-            "--method METHOD: 'best' is not one of 'signed-mask', ",
+            "--method METHOD: ",
         ),
         (
             ["--base", "b", "--expert", "a=x", "--method", "auto"],
@@ -294,7 +294,7 @@ def test_what_is_no_function(here, inputs, place, message):
         ("scores:endless", "gave nan for task 'task1'; give a finite number, larger where it is better"),
         (
             "unfinished:score",
-            "importing unfinished raised ValueError: invalid literal for int() with base 10: 'x' (unfinished.py, line 2)",
+            "importing unfinished raised IndexError: list index out of range (unfinished.py, line 2)",
         ),
         ("unspelt:score", "importing unspelt raised SyntaxError: expected ':' (unspelt.py, line 1)"),
         (

@@ -359,8 +359,13 @@ def test_tensors_over_several_chunks(tmp_path):
     experts = {task: tuned(base, seed) for seed, task in enumerate("ab", start=1)}
     experts["b"]["w"] = experts["b"]["w"][:1040].clone()
     pack(base, experts, tmp_path / "bundle", method=TallMask(0.5), merged_dtype="float32")
-    found = tallstore.open_bundle(tmp_path / "bundle", base=base).consensus(2)
-    assert_consensus(found, base, experts, "sum", constant(experts, 0.5), k=2)
+    for k in (1, 2):
+        found = tallstore.open_bundle(tmp_path / "bundle", base=base).consensus(k)
+        assert_consensus(found, base, experts, "sum", constant(experts, 0.5), k=k)
+    packed = pack(base, experts, tmp_path / "int8", method=TallMask(0.5))
+    found = tallstore.open_bundle(tmp_path / "int8", base=base).consensus(1)["w"]
+    expected = base["w"] + packed.stored("w")["merged"]
+    assert torch.equal(found, torch.where(found == base["w"], found, expected))
 
 
 def test_a_tensor_that_a_task_could_not_code_is_masked_by_the_formula(tmp_path):
@@ -619,8 +624,9 @@ def test_what_the_tasks_record_is_enough(tmp_path):
 
 
 def test_tasks_of_other_groups_are_none_of_the_merged_ones(tmp_path):
-    alone = by_method(tmp_path / "alone", "tall-mask", TALL, masked)
-    beside = by_method(tmp_path / "beside", "tall-mask", TALL, masked, others=("y", "z"))
+    parameters = TALL | {"mask_lambda": 0.2}
+    alone = by_method(tmp_path / "alone", "tall-mask", parameters, masked)
+    beside = by_method(tmp_path / "beside", "tall-mask", parameters, masked, others=("y", "z"))
     due = tallstore.open_bundle(alone).consensus(2)
     found = tallstore.open_bundle(beside).consensus(2, tasks=["a", "b"])
     assert all(same_bits(found[name], due[name]) for name in ("w", "v"))
@@ -807,6 +813,7 @@ def test_stitching_by_masks_that_were_given(tmp_path):
     for task in "abc":
         masks[task]["norm.weight"][:100] = True
     experts["a"]["norm.weight"][:100] = 1e-10
+    experts["a"]["norm.bias"][:20] = base["norm.bias"][:20]
     method = Localize(masks=masks)
     case = Stitchable(tmp_path / "bundle", base, experts, method)
     found = case.open().stitch()

@@ -27,7 +27,7 @@ def test_the_names_are_these():
     methods = {"Auto", "Emr", "LeastSquares", "Localize", "Sign", "SignedMask", "TallMask", "Uniform"}
     results = {"Comparison", "LoadResult", "PackReport", "Problem", "Statistics"}
     assert functions == {"compare", "open_bundle", "pack", "train_masks", "verify"}
-    assert classes == {"Bundle", "Calibration", *methods, *results}
+    assert classes == {"Bundle", "Calibration", "Switcher", *methods, *results}
 
 
 def error_names() -> list[str]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Callable
-from typing import Annotated, Any, Final
+import contextlib
+from typing import Annotated, Final
 
 import typer
 
@@ -19,15 +17,23 @@ from tallstore.cli.inputs import (
     find_inputs,
     read_pairs,
 )
+from tallstore.cli.methods import MethodName, as_options, check_compared, compared_settings
 from tallstore.cli.options import JsonOption
+from tallstore.cli.own_score import own_score
 
 USAGE: Final = "--base BASE (--experts DIR|FILE | --expert NAME=PATH …) [OPTIONS]"
 EXAMPLES: Final = """\
 # every method at a few settings, predicted on a sample
 tallstore compare --base bert --experts fine-tunes
-# by your own score on full weights: def accuracy(task, state_dict) -> float
+# two of them, for scripts
 tallstore compare --base bert --experts fine-tunes \\
-    --evaluate my_scores:accuracy"""
+    --method signed-mask --method sign --json
+# by your own score, in my_scores.py here, on full weights
+#   def accuracy(task, state_dict):
+#       …
+#       return right / count
+tallstore compare --base bert --experts fine-tunes \\
+    --method signed-mask --evaluate my_scores:accuracy"""
 
 
 def compare(
@@ -37,11 +43,12 @@ def compare(
     experts: ExpertsInput = None,
     key_mapping: KeyMappingInput = None,
     only: Annotated[
-        list[str] | None,
+        list[MethodName] | None,
         typer.Option(
             "--method",
             metavar="METHOD",
-            help="Compare the settings of this method only; can be given again. All methods unless given.",
+            help="A method of `tallstore pack`, but auto, to compare at its settings; can be given again. All unless"
+            " given.",
             rich_help_panel="Method",
             show_default=False,
         ),
@@ -64,25 +71,21 @@ def compare(
     Methods that no other beats in both are marked with a star.
     """
     given = read_pairs(expert, experts, key_mapping)
+    check_compared(only or ())
     source, named = find_inputs(base, experts, given)
-    scorer = None if evaluate is None else _import(evaluate)
 
     from tallstore.cli import progress_bar, terminal  # noqa: PLC0415 - rich
-    from tallstore.packing.comparing import METHODS  # noqa: PLC0415 - torch
 
-    methods = [method for method in METHODS if only is None or method.name in only]
-    unknown = set(only or ()) - {method.name for method in METHODS}
-    if unknown:
-        known = ", ".join(dict.fromkeys(method.name for method in METHODS))
-        raise typer.BadParameter(f"{min(unknown)!r} is none of {known}", param_hint="--method")
-    with progress_bar.show("comparing", unit="pieces") as progress:
+    with contextlib.ExitStack() as stack:
+        score = None if evaluate is None else stack.enter_context(own_score(evaluate))
+        progress = stack.enter_context(progress_bar.show("comparing", unit="pieces"))
         comparison = tallstore.compare(
             source,
             named,
-            methods=methods,
+            methods=compared_settings(only or ()),
             private=private or (),
             key_mapping=given.key_mapping,
-            evaluate=scorer,
+            evaluate=score,
             progress=progress,
         )
     if as_json:
@@ -91,24 +94,4 @@ def compare(
 
     from tallstore.cli.views.compared import print_comparison  # noqa: PLC0415 - torch
 
-    print_comparison(comparison)
-
-
-def _import(place: str) -> Callable[[str, Any], float]:
-    """The function at MODULE:FUNCTION, the current directory's modules included; a usage error where there is none."""
-    module, colon, name = place.partition(":")
-    if not (module and colon and name):
-        raise typer.BadParameter(f"{place!r} is not MODULE:FUNCTION", param_hint="--evaluate")
-    sys.path.insert(0, "")
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError as error:
-        raise typer.BadParameter(
-            f"{error}; give a module that Python finds from here", param_hint="--evaluate"
-        ) from None
-    finally:
-        sys.path.remove("")
-    if not callable(found):
-        raise typer.BadParameter(f"{module} has no function {name!r}", param_hint="--evaluate")
-    function: Callable[[str, Any], float] = found
-    return function
+    print_comparison(comparison, [as_options(row.method) for row in comparison.rows])

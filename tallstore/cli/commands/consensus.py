@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 
-import tallstore
+from tallstore.cli.merged_model import MergedOutput, write_merged
 from tallstore.cli.options import BaseOption, BundleArgument, JsonOption, OverwriteOption, TasksOption
 
 USAGE: Final = "BUNDLE --out DIR [OPTIONS]"
 EXAMPLES: Final = """\
-# one model for all tasks of a TALL-mask bundle
+# one model for all tasks of a bundle of --method tall-mask
 tallstore consensus bundle --base bert --out merged
 # only what three tasks agree on, at a third
-tallstore consensus bundle --base bert --out merged --k 3 --scale 0.33"""
+tallstore consensus bundle --base bert --out agreed --k 3 --scale 0.33"""
 
 
 def consensus(
     bundle: BundleArgument,
     *,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write the model.", show_default=False)],
-    k: Annotated[int, typer.Option("--k", metavar="K", help="How many masks must claim a weight.")] = 2,
-    scale: Annotated[float, typer.Option(metavar="X", help="Of the merged vector.")] = 1.0,
+    out: MergedOutput,
+    k: Annotated[int, typer.Option("--k", metavar="K", help="How many of the tasks' masks must claim a weight.")] = 2,
+    scale: Annotated[
+        float,
+        typer.Option(
+            metavar="X",
+            help="What the merged vector is multiplied by; best chosen on validation data.",
+        ),
+    ] = 1.0,
     task: TasksOption = None,
     base: BaseOption = None,
     overwrite: OverwriteOption = False,
@@ -33,16 +38,12 @@ def consensus(
 
     It is written as a Hugging Face directory, with the base's own config and tokenizer.
     """
-    from tallstore import exporting  # noqa: PLC0415 - torch
-    from tallstore.cli import terminal  # noqa: PLC0415 - rich
-
-    inputs = () if base is None else (base,)
-    with tallstore.open_bundle(bundle, base=base) as opened:
-        weights = opened.consensus(k, scale, task or None)
-        exported = exporting.export_merged(
-            opened, weights, out, name="the consensus", overwrite=overwrite, inputs=inputs
-        )
-
-    from tallstore.cli.views.exported import print_exported  # noqa: PLC0415 - torch
-
-    terminal.print_json(exported.to_dict()) if as_json else print_exported(exported)
+    write_merged(
+        bundle,
+        lambda opened: opened.consensus(k, scale, task or None),
+        out,
+        name="the consensus",
+        base=base,
+        overwrite=overwrite,
+        as_json=as_json,
+    )
