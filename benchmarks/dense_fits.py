@@ -249,7 +249,8 @@ def least_squares(levels: Literal[1, 2], by: By = "row") -> Shape:
             gained = rising[:-1] * low + falling.flip(0)[1:] * high
             best = gained.argmax(0, keepdim=True)
             lower, upper = low.gather(0, best)[0], high.gather(0, best)[0]
-        return scale * torch.where((units - upper).abs() < (units - lower).abs(), upper, lower)
+        moved = stack.any(2, keepdim=True)  # rows that did not move have no scale, and stay the base's
+        return torch.where(moved, scale, 0.0) * torch.where((units - upper).abs() < (units - lower).abs(), upper, lower)
 
     return shape
 
@@ -273,7 +274,7 @@ def uniform(levels: Literal[3, 4, 8, 16], by: By = "row", threshold: float | Non
         return (units / width).floor().clamp(-levels / 2, levels / 2 - 1) + 0.5
 
     def shape(stack: Tensor, _cutoffs: Sequence[float]) -> Tensor:
-        moved = stack.any(2, keepdim=True)  # a row that did not move has no step, and stays the base's
+        moved = stack.any(2, keepdim=True)  # as in least_squares
         scale = torch.where(moved, rms(stack, by), 0.0)
         units = stack / rms(stack, by)
         width = WIDTHS[levels] if threshold is None else threshold

@@ -41,15 +41,9 @@ class Fit:
     """What is packed, and its formula; one of them may be missing."""
 
     name: str
-    method: Method | None
-    dense: DenseFit | None
+    method: Method | None = None
+    dense: DenseFit | None = None
     nominal_bits: float | None = None
-
-
-def both(method: Method, dense: DenseFit | None, name: str | None = None) -> Fit:
-    """A fit that is packed."""
-    given = ", ".join(f"{key}={value!r}" for key, value in method.parameters.items())
-    return Fit(name or f"{type(method).__name__}({given})", method, dense)
 
 
 def formula(name: str, dense: DenseFit, nominal_bits: float | None = None) -> Fit:
@@ -58,49 +52,40 @@ def formula(name: str, dense: DenseFit, nominal_bits: float | None = None) -> Fi
 
 
 FITS = (
-    both(tallstore.SignedMask(), DenseFit(dense_fits.signed_mask(1.2)), "SignedMask()"),
-    both(
-        tallstore.SignedMask(scale="row"),
-        DenseFit(dense_fits.signed_mask(1.2, "row")),
-        "SignedMask(scale='row')",
-    ),
-    both(tallstore.TallMask(), DenseFit(dense_fits.tall_mask(1.0)), "TallMask()"),
-    both(
-        tallstore.TallMask.published(),
-        DenseFit(dense_fits.tall_mask(0.4, ties=True), gain="published", kept=0.2),
+    Fit("SignedMask()", tallstore.SignedMask(), DenseFit(dense_fits.signed_mask(1.2))),
+    Fit("SignedMask(scale='row')", tallstore.SignedMask(scale="row"), DenseFit(dense_fits.signed_mask(1.2, "row"))),
+    Fit("TallMask()", tallstore.TallMask(), DenseFit(dense_fits.tall_mask(1.0))),
+    Fit(
         "TallMask.published()",
+        tallstore.TallMask.published(),
+        DenseFit(dense_fits.tall_mask(0.4, ties=True), "published", kept=0.2),
     ),
-    both(tallstore.Emr(), DenseFit(dense_fits.emr), "Emr()"),
-    both(
-        tallstore.Emr(gain="published"),
-        DenseFit(dense_fits.emr, gain="magnitudes", by="task"),
-        "Emr(gain='published')",
-    ),
-    both(tallstore.LeastSquares(), DenseFit(dense_fits.least_squares(1)), "LeastSquares()"),
-    both(tallstore.LeastSquares(levels=2), DenseFit(dense_fits.least_squares(2)), "LeastSquares(levels=2)"),
-    both(tallstore.Sign(), DenseFit(dense_fits.sign()), "Sign()"),
-    both(tallstore.Sign(scale="row"), DenseFit(dense_fits.sign("row")), "Sign(scale='row')"),
-    both(
-        tallstore.Sign(scale="tensor", gain="published"),
-        DenseFit(dense_fits.sign(), gain="published"),
+    Fit("Emr()", tallstore.Emr(), DenseFit(dense_fits.emr)),
+    Fit("Emr(gain='published')", tallstore.Emr(gain="published"), DenseFit(dense_fits.emr, "magnitudes", by="task")),
+    Fit("LeastSquares()", tallstore.LeastSquares(), DenseFit(dense_fits.least_squares(1))),
+    Fit("LeastSquares(levels=2)", tallstore.LeastSquares(levels=2), DenseFit(dense_fits.least_squares(2))),
+    Fit("Sign()", tallstore.Sign(), DenseFit(dense_fits.sign("row"))),
+    Fit("Sign(scale='tensor')", tallstore.Sign(scale="tensor"), DenseFit(dense_fits.sign())),
+    Fit(
         "BitDelta: Sign(scale='tensor', gain='published')",
+        tallstore.Sign(scale="tensor", gain="published"),
+        DenseFit(dense_fits.sign(), "published"),
     ),
-    both(tallstore.Uniform(levels=3), DenseFit(dense_fits.uniform(3)), "Uniform(levels=3)"),
-    both(
+    Fit("Uniform(levels=3)", tallstore.Uniform(levels=3), DenseFit(dense_fits.uniform(3))),
+    Fit(
+        "Uniform(levels=3, threshold=1.0)",
         tallstore.Uniform(levels=3, threshold=1.0),
         DenseFit(dense_fits.uniform(3, threshold=1.0)),
-        "Uniform(levels=3, threshold=1.0)",
     ),
-    both(tallstore.Uniform(), DenseFit(dense_fits.uniform(4)), "Uniform()"),
-    both(tallstore.Uniform(levels=8), DenseFit(dense_fits.uniform(8)), "Uniform(levels=8)"),
-    both(tallstore.Localize(), DenseFit(dense_fits.localize, gain="published", kept=0.01), "Localize()"),
-    both(tallstore.Auto(1.1), None, "Auto(1.1)"),
+    Fit("Uniform()", tallstore.Uniform(), DenseFit(dense_fits.uniform(4))),
+    Fit("Uniform(levels=8)", tallstore.Uniform(levels=8), DenseFit(dense_fits.uniform(8))),
+    Fit("Localize()", tallstore.Localize(), DenseFit(dense_fits.localize, "published", kept=0.01)),
+    Fit("Auto(1.1)", tallstore.Auto(1.1)),
     *(
-        formula(f"TVQ, {nbits} bits", DenseFit(dense_fits.asymmetric(nbits), gain="published"), float(nbits))
+        formula(f"TVQ, {nbits} bits", DenseFit(dense_fits.asymmetric(nbits), "published"), float(nbits))
         for nbits in (2, 3, 4)
     ),
 )
-
 
 Scorer = Callable[[str, list[Path]], list[tuple[float, float]]]
 

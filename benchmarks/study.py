@@ -133,14 +133,14 @@ def frontier(_family: Family) -> list[Fit]:
     for by in ("tensor", "row"):
         for threshold in (0.6, 0.9, 1.2, 1.5, 1.8, 2.2, 2.7, 3.3):
             method = tallstore.SignedMask(threshold, scale=by)
-            fits.append(Fit(f"SignedMask by {by}, {threshold}", method, None))
+            fits.append(Fit(f"SignedMask by {by}, {threshold}", method))
         for bound in (None, 1.0, 1.5, 2.0, 2.5, 3.0):
             given = tallstore.Uniform(levels=3, scale=by, threshold=bound)
-            fits.append(Fit(f"Uniform(3) by {by}, {bound}", given, None))
-        fits.append(Fit(f"Sign by {by}", tallstore.Sign(scale=by), None))
-        fits.append(Fit(f"LeastSquares(1) by {by}", tallstore.LeastSquares(levels=1, scale=by), None))
-        fits.append(Fit(f"LeastSquares(2) by {by}", tallstore.LeastSquares(levels=2, scale=by), None))
-        fits.append(Fit(f"Uniform(4) by {by}", tallstore.Uniform(levels=4, scale=by), None))
+            fits.append(Fit(f"Uniform(3) by {by}, {bound}", given))
+        fits.append(Fit(f"Sign by {by}", tallstore.Sign(scale=by)))
+        fits.append(Fit(f"LeastSquares(1) by {by}", tallstore.LeastSquares(levels=1, scale=by)))
+        fits.append(Fit(f"LeastSquares(2) by {by}", tallstore.LeastSquares(levels=2, scale=by)))
+        fits.append(Fit(f"Uniform(4) by {by}", tallstore.Uniform(levels=4, scale=by)))
     return fits
 
 
