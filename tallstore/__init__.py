@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         OutputExistsError,
         OutputInsideInputError,
         QuantizedCheckpointError,
+        SwitchError,
         TallstoreError,
         TooFewExpertsError,
         UnknownNameError,
@@ -44,10 +45,11 @@ if TYPE_CHECKING:
         UnsupportedFeatureError,
         UnsupportedVersionError,
     )
-    from tallstore.fit import Emr, LeastSquares, Localize, Sign, SignedMask, TallMask, Uniform
+    from tallstore.fit import Auto, Emr, LeastSquares, Localize, Sign, SignedMask, TallMask, Uniform
     from tallstore.inspecting.statistics import Statistics
     from tallstore.loading.bundle import Bundle, open_bundle
     from tallstore.loading.model_weights import LoadResult
+    from tallstore.loading.switching import Switcher
     from tallstore.packing import Comparison, PackReport, compare, pack
     from tallstore.tuning import Calibration, train_masks
     from tallstore.verifying import Problem, verify
@@ -88,6 +90,8 @@ __all__ = [
     "Sign",
     "SignedMask",
     "Statistics",
+    "SwitchError",
+    "Switcher",
     "TallMask",
     "TallstoreError",
     "TooFewExpertsError",
@@ -111,6 +115,7 @@ _HOMES: Final = {
     "Bundle": "tallstore.loading.bundle",
     "open_bundle": "tallstore.loading.bundle",
     "LoadResult": "tallstore.loading.model_weights",
+    "Switcher": "tallstore.loading.switching",
     "Statistics": "tallstore.inspecting.statistics",
     **dict.fromkeys(
         ("Auto", "Emr", "LeastSquares", "Localize", "Sign", "SignedMask", "TallMask", "Uniform"), "tallstore.fit"

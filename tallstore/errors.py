@@ -23,6 +23,7 @@ TallstoreError
 │   ├── NonFiniteError          NaN or infinity where weights would be coded
 │   └── TooFewExpertsError
 ├── OptionError                 (also a ValueError) an argument outside its range
+├── SwitchError                 a model that is neither of two experts
 ├── MissingExtraError           (also an ImportError) a library that only an extra installs
 └── OutputError                 the place to write to
     ├── OutputExistsError
@@ -172,6 +173,10 @@ class TooFewExpertsError(InputError):
 
 class OptionError(TallstoreError, ValueError):
     """An argument is outside its range."""
+
+
+class SwitchError(TallstoreError):
+    """A switch failed halfway and could not be undone: the model is neither the old expert nor the new one."""
 
 
 class MissingExtraError(TallstoreError, ImportError):

@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
 
+_PAIRED_NBYTES = 1 << 13  # packed bytes from which on a table of pairs is worth what it takes to fill the cache with it
+_LARGEST_ITEM = 8  # bytes an entry of such a table: 65,536 of them leave room in a core's cache
+
 # One packed byte holds as many fields as this word has bytes.
 _WORDS: dict[int, np.dtype[Any]] = {2: np.dtype("<u4"), 4: np.dtype("<u2")}
 
@@ -46,13 +49,20 @@ def unpack(packed: Bytes, numel: int, width: int) -> Bytes:
 
 
 def look_up(packed: Bytes, numel: int, width: int, values: tuple[float, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """The value of each code: ``values[code]`` as *dtype*, by one table look-up a packed byte.
+    """The value of each code: ``values[code]`` as *dtype*, by one table look-up for two packed bytes, or one.
 
     Returns:
-        a 1-D array of *numel* elements.
+        a 1-D array of *numel* elements, in memory of its own.
     """
-    table = _byte_table(width, values, dtype)
-    return table.take(packed[: packed_nbytes(numel, width)]).view(dtype)[:numel]
+    packed = packed[: packed_nbytes(numel, width)]
+    items = np.empty(packed.size, _byte_table(width, values, dtype).dtype)
+    done = 0
+    if packed.size >= _PAIRED_NBYTES and 2 * items.itemsize <= _LARGEST_ITEM:
+        table, done = _pair_table(width, values, dtype), packed.size // 2 * 2
+        # No index is out of range. Where numpy is to look for one, it does so in a copy of the result.
+        table.take(packed[:done].view("<u2"), out=items[:done].view(table.dtype), mode="clip")
+    _byte_table(width, values, dtype).take(packed[done:], out=items[done:], mode="clip")
+    return items.view(dtype)[:numel]
 
 
 @cache
@@ -63,6 +73,15 @@ def _byte_table(width: int, values: tuple[float, ...], dtype: np.dtype[Any]) -> 
     codes = (byte >> (np.arange(per_byte) * width)) & ((1 << width) - 1)
     fields = np.ascontiguousarray(np.asarray(values, dtype)[codes])
     return fields.view(f"V{per_byte * dtype.itemsize}").reshape(256)
+
+
+@cache
+def _pair_table(width: int, values: tuple[float, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """The same for each two bytes as a little-endian number."""
+    fields = _byte_table(width, values, dtype)
+    pairs = np.empty((256, 256, 2), fields.dtype)
+    pairs[:, :, 0], pairs[:, :, 1] = fields[None, :], fields[:, None]
+    return pairs.view(f"V{2 * fields.itemsize}").reshape(-1)
 
 
 def padding_is_zero(packed: Bytes, numel: int, width: int) -> bool:

@@ -6,6 +6,7 @@ bytes declare: the caller says how many bytes must come out, before anything is 
 
 from __future__ import annotations
 
+import threading
 from typing import Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ Codec = Literal["raw", "zstd", "planes-zstd"]
 ZSTD_LEVEL = 1  # on packed masks, higher levels are slower and come out larger
 MAX_WINDOW = 8 << 20
 _FRAME_MAGIC = b"\x28\xb5\x2f\xfd"
+_of_thread = threading.local()
 
 
 def encode(codec: Codec, chunk: Bytes, itemsize: int) -> bytes:
@@ -55,6 +57,14 @@ def decode(codec: Codec, stored: Bytes, nbytes: int, itemsize: int, where: str) 
     return decoded
 
 
+def _decompressor() -> zstandard.ZstdDecompressor:
+    """This thread's own: making one costs a fifth of what decoding a chunk costs."""
+    if not hasattr(_of_thread, "decompressor"):
+        _of_thread.decompressor = zstandard.ZstdDecompressor()
+    kept: zstandard.ZstdDecompressor = _of_thread.decompressor
+    return kept
+
+
 def _decode_frame(stored: Bytes, nbytes: int, where: str) -> Bytes:
     raw = stored.data
     if bytes(raw[:4]) != _FRAME_MAGIC:
@@ -74,7 +84,7 @@ def _decode_frame(stored: Bytes, nbytes: int, where: str) -> Bytes:
     if frame.window_size > max(MAX_WINDOW, nbytes):
         raise FormatError("COD-2", where, f"the zstd frame asks for a window of {frame.window_size} bytes")
     try:  # in one call, into a buffer of the declared size: a frame that holds more cannot make it grow
-        decoded = zstandard.ZstdDecompressor().decompress(raw, allow_extra_data=False)
+        decoded = _decompressor().decompress(raw, allow_extra_data=False)
     except zstandard.ZstdError as error:
         if "unused data" in str(error):
             raise FormatError("COD-2", where, "bytes follow the zstd frame") from None

@@ -190,7 +190,7 @@ def task_payloads(table: TaskTable) -> Iterator[Stored]:
         yield from tensor_payloads(tensor)
 
 
-def tensor_payloads(tensor: Tensor) -> Iterator[Stored]:
+def tensor_payloads(tensor: Tensor | Whole) -> Iterator[Stored]:
     """Every payload of one tensor of a task."""
     coded = coded_part(tensor)
     if coded is not None:

@@ -24,6 +24,7 @@ from tallstore.loading.merging import Merging
 from tallstore.loading.model_weights import LoadResult, load_expert
 from tallstore.loading.pinned_base import PinnedBase
 from tallstore.loading.stitching import stitch
+from tallstore.loading.switching import Switcher
 from tallstore.meter import Progress
 
 if TYPE_CHECKING:
@@ -148,14 +149,12 @@ class Bundle:
         """All tensors of an expert by name; tied names have one tensor. Arguments and errors are those of `tensor`."""
         place, cast = _device(device), _dtype(dtype)
         expert = self._expert(task)
-        carriers: dict[str, Tensor] = {}
-        state: dict[str, Tensor] = {}
-        for name in expert.names:
-            carrier = expert.carrier(name)
-            if carrier not in carriers:
-                carriers[carrier] = _finished(expert, carrier, place, cast)
-            state[name] = carriers[carrier]
-        return state
+        carriers = dict.fromkeys(map(expert.carrier, expert.names))
+        if place.type == "cpu":
+            whole = expert.tensors(carriers, cast)
+        else:  # one at a time: the CPU may not have the memory for all
+            whole = {name: _finished(expert, name, place, cast) for name in carriers}
+        return {name: whole[expert.carrier(name)] for name in expert.names}
 
     def load_into(self, model: nn.Module, task: str, strict: bool = True) -> LoadResult:  # noqa: FBT001, FBT002 - torch's
         """Write an expert's tensors into a model's parameters and buffers, in place.
@@ -174,9 +173,40 @@ class Bundle:
         Raises:
             OptionError: the model has other names (if *strict*), a tensor of another shape, one that has no memory, or
                 ties two that differ in the expert. Nothing was written then.
-            TallstoreError: as `tensor`. The tensors before the one that failed were written then.
+            TallstoreError: as `tensor`. Some tensors were written then, others not, or not to their end.
         """
         return load_expert(self._expert(task), model, strict=strict)
+
+    def attach(self, model: nn.Module, strict: bool = True, cache_nbytes: int = 1 << 30) -> Switcher:  # noqa: FBT001, FBT002 - as load_into
+        """Let a model take this bundle's experts in turn, in place.
+
+            switcher = bundle.attach(model)
+            switcher.set_expert("movies")
+            with switcher.using("spam"):
+                ...  # here the model is the expert of spam
+
+        Nothing is written, and no weights are read, before the first switch. The model's parameters and buffers keep
+        dtype, device and storage, whatever devices they are on.
+
+        Args:
+            model: its state dict has the experts' names.
+            strict: refuse a switch to an expert that lacks names of the model, or has others. Where it is off, what an
+                expert lacks is as in the base; what the base lacks too is left as the model had it.
+            cache_nbytes: how many bytes of tasks' masks and whole tensors, decoded, stay in memory beside those of the
+                active task; a mask takes 1 to 4 bits a parameter.
+
+        Raises:
+            OptionError: the model has no tensor of the base's, or *cache_nbytes* is negative.
+            FormatError: base.json breaks a rule.
+        """
+        return Switcher(
+            model,
+            self._files,
+            self._pinned(),
+            strict=strict,
+            cache_nbytes=cache_nbytes,
+            keep_base=self._verify != "always",
+        )
 
     @property
     def base_directory(self) -> Path | None:

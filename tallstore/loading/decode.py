@@ -67,7 +67,8 @@ def _add(destination: Tensor, base: Tensor, delta: Tensor, centre: Tensor | None
     if destination.dtype == torch.promote_types(base.dtype, torch.float32):
         total = torch.add(moved, delta, out=destination)
     else:
-        total = torch.add(moved, delta)
+        wide = torch.promote_types(base.dtype, torch.float32)
+        total = torch.add(moved.to(wide), delta)  # faster than a sum of two dtypes
         destination.copy_(_cast(total, destination.dtype))
     if _zeros_may_count(base, total):
         kept = delta == 0
@@ -113,7 +114,8 @@ def _ieee_arithmetic(numel: int) -> Iterator[int]:
     if flushes:
         torch.set_flush_denormal(False)
     try:
-        yield _SERIAL_NUMEL if numel > _SERIAL_NUMEL and _other_threads_flush() else _TILE_NUMEL
+        serial = numel <= _SERIAL_NUMEL or torch.get_num_threads() == 1
+        yield _TILE_NUMEL if serial or not _other_threads_flush() else _SERIAL_NUMEL
     finally:
         if flushes:
             torch.set_flush_denormal(True)

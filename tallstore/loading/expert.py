@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
@@ -16,9 +17,12 @@ from tallstore.format.dtypes import CHUNK_NUMEL, TensorSpec
 from tallstore.format.manifest import BasedTensor, ExtendedTensor, PrivateTensor
 from tallstore.format.payloads import Stored, coded_part, further_of, leading_shape, values_of
 from tallstore.format.shard_reader import PayloadReader
+from tallstore.loading import parallel
 from tallstore.loading.coded import open_coded
 from tallstore.loading.decode import copy_cast
 from tallstore.loading.pinned_base import PinnedBase
+
+_JOB_NUMEL: Final = CHUNK_NUMEL // 2
 
 
 class Expert:
@@ -55,13 +59,40 @@ class Expert:
         Raises:
             TallstoreError: as `read`.
         """
-        spec = self.spec(name)
-        own_dtype = TORCH_DTYPES[spec.dtype]
-        if dtype is None or not own_dtype.is_floating_point:
-            dtype = own_dtype
-        whole = torch.empty(spec.shape, dtype=dtype, device="cpu")
-        self.read(name, 0, spec.numel, whole.view(-1))
+        return self.tensors([name], dtype)[name]
+
+    def tensors(self, names: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """As `tensor`, for several tensors at once.
+
+        Raises:
+            TallstoreError: as `read`.
+        """
+        whole: dict[str, Tensor] = {}
+
+        def pieces() -> Iterator[_Piece]:
+            for name in names:
+                spec = self.spec(name)
+                own_dtype = TORCH_DTYPES[spec.dtype]
+                wanted = own_dtype if dtype is None or not own_dtype.is_floating_point else dtype
+                whole[name] = torch.empty(spec.shape, dtype=wanted, device="cpu")
+                yield from self._pieces(name, 0, spec.numel, whole[name].view(-1))
+
+        parallel.run(_grouped(pieces()))
         return whole
+
+    def write(self, destinations: Mapping[str, Tensor]) -> None:
+        """Write whole tensors to flat tensors on the CPU, by name; cast where the dtype is another.
+
+        Raises:
+            TallstoreError: as `read`. Any part of *destinations* may have been written then.
+        """
+        parallel.run(
+            _grouped(
+                piece
+                for name, destination in destinations.items()
+                for piece in self._pieces(name, 0, destination.numel(), destination)
+            )
+        )
 
     def elements(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a flat tensor in its own dtype, [stop - start], in new memory on the CPU.
@@ -90,20 +121,17 @@ class Expert:
             FormatError: a payload breaks a rule.
             BaseMismatchError: the base is another one.
         """
+        for piece in self._pieces(name, start, stop, destination):
+            piece.write()
+
+    def _pieces(self, name: str, start: int, stop: int, destination: Tensor) -> Iterator[_Piece]:
+        """What `read` does, chunk by chunk; the payloads are opened as the iteration goes on."""
         own_dtype = TORCH_DTYPES[self.task.tensor(name).dtype]
-        scratch = None
-        if destination.dtype != own_dtype:
-            scratch = torch.empty(min(stop - start, CHUNK_NUMEL), dtype=own_dtype, device="cpu")
         for section in self._sections(name, start, stop):
             low, high = max(start, section.start), min(stop, section.stop)
             for first, last in _chunked(low - section.start, high - section.start):
                 place = section.start + first - start
-                piece = destination[place : place + last - first]
-                if scratch is None:
-                    section.source.read(first, last, piece)
-                else:
-                    section.source.read(first, last, scratch[: last - first])
-                    copy_cast(piece, scratch[: last - first])
+                yield _Piece(section.source, first, last, own_dtype, destination[place : place + last - first])
 
     def _sections(self, name: str, start: int, stop: int) -> Iterator[_Section]:
         """The parts of a tensor that overlap [start, stop); a payload is not opened before its part is asked for."""
@@ -165,6 +193,53 @@ class _Kept:
 
     def read(self, start: int, stop: int, destination: Tensor) -> None:
         copy_cast(destination, self.base.read(self.name, start, stop))
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Elements [start, stop) of a source, which lie in one chunk, and where they are wanted.
+
+    Attributes:
+        dtype: the tensor's own.
+        destination: [stop - start], of any dtype.
+    """
+
+    source: _Source
+    start: int
+    stop: int
+    dtype: torch.dtype
+    destination: Tensor
+
+    def write(self) -> None:
+        if self.destination.dtype == self.dtype:
+            self.source.read(self.start, self.stop, self.destination)
+            return
+        own = torch.empty(self.stop - self.start, dtype=self.dtype, device="cpu")
+        self.source.read(self.start, self.stop, own)
+        copy_cast(self.destination, own)
+
+
+def _grouped(pieces: Iterable[_Piece]) -> Iterator[parallel.Job]:
+    """Jobs of a piece each, or of many small ones: a job costs about as much as decoding a thousand elements."""
+    group: list[_Piece] = []
+    numel = 0
+    try:
+        for piece in pieces:
+            group.append(piece)
+            numel += piece.stop - piece.start
+            if numel >= _JOB_NUMEL:
+                yield partial(_write, group)
+                group, numel = [], 0
+    except Exception:
+        yield partial(_write, group)  # what goes wrong there comes first
+        raise
+    if group:
+        yield partial(_write, group)
+
+
+def _write(pieces: Sequence[_Piece]) -> None:
+    for piece in pieces:
+        piece.write()
 
 
 def _chunked(start: int, stop: int) -> Iterator[tuple[int, int]]:

@@ -40,23 +40,48 @@ def load_expert(expert: Expert, model: nn.Module, *, strict: bool) -> LoadResult
         OptionError: names (if *strict*), shapes or ties do not fit, or a tensor of the model has no memory.
         TallstoreError: as `Expert.read`.
     """
-    targets = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    writes, result = match(expert, model_tensors(model), strict=strict)
+    with torch.no_grad():
+        expert.write({name: target.detach().view(-1) for name, target in writes.items() if _is_plain(target)})
+        for name, target in writes.items():
+            if not _is_plain(target):
+                target.copy_(expert.tensor(name, target.dtype))
+    return result
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a model's state dict, themselves."""
+    return {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+
+
+def match(expert: Expert, targets: Mapping[str, Tensor], *, strict: bool) -> tuple[dict[str, Tensor], LoadResult]:
+    """What of *expert* is to be written where in a model.
+
+    Args:
+        expert: to be written.
+        targets: what `model_tensors` returned.
+        strict: refuse a model that lacks names, or has others.
+
+    Returns:
+        the model's tensors to write, by the expert's names, each memory once; and the names without a counterpart.
+
+    Raises:
+        OptionError: names (if *strict*), shapes or ties do not fit, or a tensor of the model has no memory.
+        TallstoreError: as `Expert.read`, where the model has one tensor and the expert has two.
+    """
     common = {name: targets[name] for name in expert.names if name in targets}
     for name, target in common.items():
         _check_target(name, target, expert)
-    storages = _by_storage(common)
+    storages = by_memory(common)
     result = LoadResult(
-        [name for name, target in targets.items() if name not in common and _storage(name, target) not in storages],
+        [name for name, target in targets.items() if name not in common and memory(name, target) not in storages],
         [name for name in expert.names if name not in targets],
     )
     if strict and (result.missing_keys or result.unexpected_keys):
         raise OptionError(_mismatch(expert, result))
     for names in storages.values():
         _check_tied(names, expert)
-    with torch.no_grad():
-        for names in storages.values():
-            _write(names[0], common[names[0]].detach(), expert)
-    return result
+    return {names[0]: common[names[0]] for names in storages.values()}, result
 
 
 def _check_target(name: str, target: Tensor, expert: Expert) -> None:
@@ -72,15 +97,16 @@ def _check_target(name: str, target: Tensor, expert: Expert) -> None:
         )
 
 
-def _by_storage(targets: Mapping[str, Tensor]) -> Mapping[object, list[str]]:
+def by_memory(targets: Mapping[str, Tensor]) -> Mapping[object, list[str]]:
     """Names by the memory that they are written to."""
     names = defaultdict[object, list[str]](list)
     for name, target in targets.items():
-        names[_storage(name, target)].append(name)
+        names[memory(name, target)].append(name)
     return names
 
 
-def _storage(name: str, target: Tensor) -> object:
+def memory(name: str, target: Tensor) -> object:
+    """Equal for tensors that are one in memory: tied ones."""
     if target.numel() == 0 or is_lazy(target) or target.is_meta:
         return name  # no memory, nothing that could be shared
     return target.device, target.data_ptr(), target.dtype, target.shape, target.stride()
@@ -103,16 +129,14 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.view(-1).view(torch.uint8), other.view(-1).view(torch.uint8))
 
 
-def _write(name: str, target: Tensor, expert: Expert) -> None:
-    if target.device.type == "cpu" and target.is_contiguous():
-        expert.read(name, 0, target.numel(), target.view(-1))
-    else:
-        target.copy_(expert.tensor(name, target.dtype))
+def _is_plain(target: Tensor) -> bool:
+    """Whether chunks can be written to it as they are."""
+    return target.device.type == "cpu" and target.is_contiguous()
 
 
 def _mismatch(expert: Expert, result: LoadResult) -> str:
     parts = [
-        f"{whose} lacks {len(names)} of the other's tensors: {_listed(names)}"
+        f"{whose} lacks {len(names)} of the other's tensors: {listed(names)}"
         for whose, names in (
             (f"task {expert.task.entry.name!r}", result.missing_keys),
             ("the model", result.unexpected_keys),
@@ -122,6 +146,7 @@ def _mismatch(expert: Expert, result: LoadResult) -> str:
     return f"{'; '.join(parts)}; give the model that the expert is of, or strict=False"
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+    """The first few of *names*, for a message."""
     names = list(names)
     return ", ".join(map(repr, names[:_SHOWN_NAMES])) + (", …" if len(names) > _SHOWN_NAMES else "")

@@ -88,22 +88,28 @@ class SharedChunk:
 
     def tile(self, first: int, last: int, start: int) -> Tensor:
         """Scale times value, everywhere; arguments and result as for `Sides.delta`."""
-        elements = torch.empty(last - first, dtype=torch.float32, device="cpu").copy_(self._unscaled(first, last))
+        elements = self._unscaled(first, last)
         self.scales.multiply(elements, start)
         return elements
 
     def chosen(self, signs: NDArray[Any], first: int, last: int, start: int) -> Tensor:
         """Scale times sign times value; *signs* are 0, 1 or -1, in integers; the rest as for `Sides.delta`."""
-        elements = torch.empty(last - first, dtype=torch.float32, device="cpu")
-        torch.mul(self._unscaled(first, last), _tensor(signs), out=elements)  # exact
+        if self.dtype == "I8":  # codes have no -128: one byte holds every product
+            chosen = np.multiply(self.values[first:last].view(np.int8), signs.view(np.int8))
+            elements = _tensor(chosen).to(torch.float32)
+        else:
+            elements = self._unscaled(first, last)
+            np.multiply(elements.numpy(), signs, out=elements.numpy())  # exact
         self.scales.multiply(elements, start)
         return elements
 
     def _unscaled(self, first: int, last: int) -> Tensor:
+        """float32, in new memory."""
         if self.dtype == "LOG4":
             return _tensor(_looked_up(self.values, first, last, 4, LOG4_VALUES))
         width = _VIEWS[self.dtype].itemsize
-        return _tensor(self.values[first * width : last * width]).view(_VIEWS[self.dtype])
+        stored = _tensor(self.values[first * width : last * width]).view(_VIEWS[self.dtype])
+        return torch.empty(last - first, dtype=torch.float32, device="cpu").copy_(stored)
 
 
 @dataclass(frozen=True, slots=True)

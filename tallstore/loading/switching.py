@@ -1,0 +1,605 @@
+"""A model that is one expert after another, in place: always rebuilt from the base, the old expert or the new one."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import threading
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Final, NoReturn, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
+
+from tallstore.checkpoints.torch_dtypes import TORCH_DTYPES
+from tallstore.errors import OptionError, SwitchError, TallstoreError
+from tallstore.format.bundle_files import BundleFiles
+from tallstore.format.dtypes import chunk_count, chunk_span
+from tallstore.format.manifest import BasedTensor, BaseTensor, SameTensor
+from tallstore.loading import parallel
+from tallstore.loading.decode import copy_cast
+from tallstore.loading.expert import Expert
+from tallstore.loading.model_weights import by_memory, listed, match, model_tensors
+from tallstore.loading.pinned_base import PinnedBase
+from tallstore.loading.resident import ResidentBase, ResidentFiles
+
+#: Of a tensor; to copy fewer elements costs less than to let another thread do it.
+_SMALL_NUMEL: Final = 1 << 15
+_MAX_STATES: Final = 256
+
+
+class Switcher:
+    """One model that takes a bundle's experts in turn, in place; made by `Bundle.attach`.
+
+    A switch writes what the base and the masks give into the model's own parameters and buffers: their memory stays
+    where it is, so that optimisers and compiled graphs keep what they hold, tied parameters stay tied, and nothing adds
+    up however often experts change. Until the first switch, the model is as it was given.
+
+    Without an expert, the model is the base, where the base has a tensor of that name and shape. What else experts
+    write, such as heads, is then what the model had before an expert first wrote there; a copy of that is kept.
+
+    In memory stay: the base, as files that the system has mapped or as the state dict that was given; the vectors that
+    the tasks of a group share, at 0.5 to 4 bytes a parameter by their data type, as long as one of its tasks stays; and
+    what tasks have of their own (masks at 1 to 4 bits a parameter, whole tensors), the ones used last, up to a bound.
+    The active task's stay whatever the bound.
+
+    Threads: switches wait for each other, and for the blocks of `using` and `disable_expert` in other threads. Nothing
+    holds back a forward pass that runs outside of such a block while another thread switches.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        files: BundleFiles,
+        base: PinnedBase,
+        *,
+        strict: bool,
+        cache_nbytes: int,
+        keep_base: bool,
+    ) -> None:
+        """Read base.json; see `Bundle.attach`.
+
+        Raises:
+            OptionError: no tensor of the model is in the base or in a task, or a bound is negative.
+        """
+        if cache_nbytes < 0:
+            raise OptionError(f"cache_nbytes is {cache_nbytes}; give a number of bytes, 0 or more")
+        self._model, self._strict = model, strict
+        self._files = ResidentFiles(files, cache_nbytes)
+        self._base = ResidentBase(base, keep=keep_base)
+        self._lock = threading.RLock()
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tallstore-prefetch")
+        self._active_kept, self._next_kept = contextlib.ExitStack(), contextlib.ExitStack()
+        self._next: str | None = None
+        self._next_lock = threading.Lock()
+        self._base_names: dict[str, str] = {}  # of tensors that tasks have under another name than the base
+        self._places: Sequence[object] = ()  # of the model's tensors; for these, the following was worked out
+        self._states: dict[str | None, _State] = {}
+        self._apart: set[str] = set()  # base tensors that are not in the model's memory
+        self._own: dict[str, Tensor] = {}
+        self._holdings: dict[str, _Holding] = {}
+        self._staging: dict[torch.dtype, Tensor] = {}
+        self._refusals: list[RemovableHandle] = []
+        self._failure: str | None = None
+        self._state = self._first_state()
+
+    # --- what users see ---
+
+    @property
+    def active_expert(self) -> str | None:
+        """The task whose expert the model is; None for the base, and before the first switch.
+
+        Raises:
+            SwitchError: a switch failed halfway, and the model is none.
+        """
+        if self._failure is not None:
+            raise SwitchError(self._failure)
+        return self._state.task
+
+    @property
+    def cached_tasks(self) -> tuple[str, ...]:
+        """Tasks whose own bytes are in memory, at least in part, the one that was used last at the end."""
+        return self._files.resident_tasks
+
+    @property
+    def cached_nbytes(self) -> int:
+        """Bytes in memory that `cache_nbytes` bounds."""
+        return self._files.tasks_nbytes
+
+    @property
+    def shared_nbytes(self) -> int:
+        """Bytes in memory of the vectors that tasks share."""
+        return self._files.groups_nbytes
+
+    def set_expert(self, task: str | None) -> None:
+        """Make the model the expert of *task*; None makes it the base.
+
+        Everything that can be read and refused is read and refused before anything is written. Should writing fail
+        nevertheless, or be interrupted, the old expert is written back and the error raised again.
+
+        Cost: one pass over the tensors that differ; reads nothing of a task that is in memory. Parameters that
+        need not change, such as those that both experts have from the base, are left alone where they require no
+        gradient (`model.requires_grad_(False)`) and torch counted no write to them.
+
+        Args:
+            task: the expert's name.
+
+        Raises:
+            SwitchError: writing back failed as well: the model is neither of the two, and its forward pass raises this
+                error until a switch succeeds.
+            OptionError: the model has other names than the expert (if `strict`), a tensor of another shape, one that
+                has no memory, or ties two that differ in the expert. The model is what it was.
+            TallstoreError: as `Bundle.tensor`. The model is what it was.
+        """
+        with self._lock:
+            self._switch(task)
+
+    @contextlib.contextmanager
+    def using(self, task: str | None) -> Iterator[None]:
+        """A block in which the model is the expert of *task*; behind it, it is what it was before.
+
+        Blocks may be nested. Those of other threads, and their switches, wait until this one is done.
+
+        Raises:
+            TallstoreError: as `set_expert`, also at the end of the block.
+        """
+        with self._lock:
+            before = self.active_expert
+            with self._files.keep(before):
+                self._switch(task)
+                try:
+                    yield
+                finally:
+                    self._switch(before)
+
+    def disable_expert(self) -> contextlib.AbstractContextManager[None]:
+        """A block in which the model is the base; behind it, it is what it was before. As `using`."""
+        return self.using(None)
+
+    def prefetch(self, task: str) -> Future[None]:
+        """Read and check what the next switch to *task* needs, in a thread of its own.
+
+        It stays in memory until the model is that expert, or another task is prefetched.
+
+        Returns:
+            done when it is in memory. Its errors are the ones that `set_expert` would raise, and will.
+
+        Raises:
+            UnknownTaskError: *task* is not in the bundle.
+        """
+        self._files.entry(task)
+        return self._reader.submit(self._prefetch, task, frozenset(model_tensors(self._model)))
+
+    def __repr__(self) -> str:
+        state = "of no expert: a switch failed" if self._failure is not None else f"active_expert={self._state.task!r}"
+        return f"<Switcher {state}>"
+
+    # --- a switch ---
+
+    def _switch(self, task: str | None) -> None:
+        slots = _slots(self._model)
+        before, wanted = self._state, self._wanted(task, slots)
+        with self._files.keep(before.task, task):
+            writes = [(slot, wanted.contents[name]) for name, slot in slots.items() if not self._holds(slot, wanted)]
+            self._prepare(slots, wanted, writes)
+            try:
+                self._write(writes)
+                self._state = wanted
+            except BaseException as error:
+                self._undo(before, wanted, [slot for slot, _ in writes], error)
+                raise
+            self._accept()
+
+    def _accept(self) -> None:
+        """The model is what `_state` says."""
+        self._failure = None
+        while self._refusals:
+            self._refusals.pop().remove()
+        kept = contextlib.ExitStack()
+        kept.enter_context(self._files.keep(self._state.task))
+        self._active_kept.close()
+        self._active_kept = kept
+        if self._next == self._state.task:
+            self._expect(None)
+
+    def _undo(self, before: _State, wanted: _State, slots: Sequence[_Slot], error: BaseException) -> None:
+        """Write back what was there before *error*; where that fails, see to it that nobody runs the model."""
+        reason: BaseException = error
+        if self._failure is None:
+            try:
+                self._write([(slot, before.contents[slot.name]) for slot in slots if not self._holds(slot, before)])
+            except BaseException as second:  # noqa: BLE001 - whatever it is, the model is broken
+                reason = second
+            else:
+                self._state = before
+                return
+        self._refuse(
+            f"the model is neither {_called(before.task)} nor {_called(wanted.task)}: "
+            f"the switch failed halfway ({_described(error)}); call set_expert again, or make the model anew"
+        )
+        for interruption in (error, reason):
+            if not isinstance(interruption, Exception):
+                raise interruption
+        raise SwitchError(self._failure) from error
+
+    def _refuse(self, failure: str) -> None:
+        """Let the forward pass of every module raise *failure*."""
+
+        def refuse(_module: nn.Module, _inputs: object) -> NoReturn:
+            raise SwitchError(failure)
+
+        if self._failure is None:
+            self._refusals = [module.register_forward_pre_hook(refuse) for module in self._model.modules()]
+            if "torch._dynamo" in sys.modules:
+                torch.compiler.reset()  # graphs that were compiled before do not look for new hooks
+        self._failure = failure
+
+    # --- what is to be written where ---
+
+    def _first_state(self) -> _State:
+        """What a model is taken for that was just given: the base, and for the rest what it has."""
+        slots = _slots(self._model)
+        contents = self._resting(slots)
+        fetched = next((task.name for task in self._files.manifest.tasks if self._files.is_fetched(task.name)), None)
+        if fetched is not None and _OWN in contents.values():
+            with contextlib.suppress(TallstoreError):  # a task that cannot be read says so when it is asked for
+                self._learn_names(self._expert(fetched))
+                contents = self._resting(slots)
+        if all(content is _OWN for content in contents.values()):
+            raise OptionError(
+                f"the model has no tensor of the base's: it has {listed(name for name in contents)}, the base "
+                f"{listed(self._files.base)}; give the model that the bundle's experts are of"
+            )
+        return _State(None, contents)
+
+    def _wanted(self, task: str | None, slots: Mapping[str, _Slot]) -> _State:
+        """What every slot is to hold; refuses what does not fit. Worked out once for a model whose memory stays."""
+        places = [slot.place for slot in slots.values()]
+        if places != self._places or len(self._states) > _MAX_STATES:
+            self._places, self._states, self._apart = places, {}, set()
+        if task not in self._states:
+            state = self._plan(task, slots)
+            for name, content in state.contents.items():
+                if content is not _OWN:
+                    _check_slot(slots[name])
+            self._states[task] = state
+        return self._states[task]
+
+    def _plan(self, task: str | None, slots: Mapping[str, _Slot]) -> _State:
+        if task is None:
+            return _State(None, self._resting(slots))
+        expert = self._expert(task)
+        owners = {name: slot for slot in slots.values() for name in slot.names}
+        matched, _ = match(expert, {name: slot.tensor for name, slot in owners.items()}, strict=self._strict)
+        self._learn_names(expert)
+        contents = self._resting(slots)
+        for name in matched:
+            tensor = expert.task.tensor(name)
+            if isinstance(tensor, SameTensor):
+                content: _Content = _OfBase(self._base_tensor(tensor.base_name), TORCH_DTYPES[tensor.dtype])
+            else:
+                content = _OfExpert(task, name, expert)
+            contents[owners[name].name] = content
+        return _State(task, contents)
+
+    def _expert(self, task: str) -> Expert:
+        return Expert(self._files.task(task), self._files, self._base)
+
+    def _learn_names(self, expert: Expert) -> None:
+        for name in expert.names:
+            tensor = expert.task.tensor(name)
+            if isinstance(tensor, BasedTensor) and name not in expert.task.base and name not in self._base_names:
+                self._base_names[name] = tensor.base_name
+                self._states = {}
+
+    def _resting(self, slots: Mapping[str, _Slot]) -> dict[str, _Content]:
+        """What every slot holds without an expert."""
+        return {name: self._resting_content(slot) for name, slot in slots.items()}
+
+    def _resting_content(self, slot: _Slot) -> _Content:
+        names = [self._base_names.get(name, name) for name in slot.names]
+        found = [self._base_tensor(name) for name in names if name in self._files.base]
+        first = next((tensor for tensor in found if tensor.shape == tuple(slot.tensor.shape)), None)
+        if first is None:
+            return _OWN
+        for other in found:
+            if (other.dtype, other.shape, other.chunks) != (first.dtype, first.shape, first.chunks):
+                raise OptionError(
+                    f"the model ties {first.name!r} and {other.name!r}, which differ in the base; "
+                    "untie them first, as with config.tie_word_embeddings = False"
+                )
+        return _OfBase(first, TORCH_DTYPES[first.dtype])
+
+    def _base_tensor(self, name: str) -> BaseTensor:
+        """The base's tensor of that name, or the one that it is tied to."""
+        tensor = self._files.base[name]
+        return tensor if tensor.alias_of is None else self._files.base[tensor.alias_of]
+
+    def _holds(self, slot: _Slot, state: _State) -> bool:
+        """Whether there is nothing to write."""
+        content, holding = state.contents[slot.name], self._holdings.get(slot.name)
+        if content is _OWN and slot.name not in self._own:
+            return True  # nothing else was ever written there
+        return slot.is_frozen and holding == _Holding(content, slot.place, slot.versions)
+
+    # --- what can fail, before anything is written ---
+
+    def _prepare(self, slots: Mapping[str, _Slot], wanted: _State, writes: Sequence[_Write]) -> None:
+        for slot, _ in writes:
+            _check_mode(slot)
+        self._hold(wanted)
+        self._check_apart(slots, wanted.base_tensors)
+        for slot, content in writes:
+            if content is not _OWN and self._state.contents.get(slot.name, _OWN) is _OWN and slot.name not in self._own:
+                self._own[slot.name] = slot.tensor.detach().clone()
+        self._stage(slot.tensor for slot, _ in writes)
+
+    def _hold(self, state: _State) -> None:
+        """Have in memory, checked, what a state is made of."""
+        coded = state.of_expert
+        if coded:
+            self._files.hold(coded[0].expert.task, [content.name for content in coded])
+        for tensor in state.base_tensors:
+            self._base.hold(tensor.name, math.prod(tensor.shape))
+
+    def _check_apart(self, slots: Mapping[str, _Slot], tensors: Iterable[BaseTensor]) -> None:
+        """Refuse a base in the model's own memory, which the first switch would overwrite."""
+        unchecked = [tensor for tensor in tensors if tensor.name not in self._apart]
+        if not unchecked:
+            return
+        taken = sorted((*_span(slot.tensor), name) for name, slot in slots.items() if slot.tensor.device.type == "cpu")
+        starts = [start for start, _, _ in taken]
+        for tensor in unchecked:
+            for first, last in _chunks(math.prod(tensor.shape)):
+                begin, end = _span(self._base.read(tensor.name, first, last))
+                place = bisect_left(starts, end) - 1
+                if place >= 0 and taken[place][1] > begin:
+                    raise OptionError(
+                        f"tensor {taken[place][2]!r} of the model is in the memory of the base's {tensor.name!r}, "
+                        "which a switch would overwrite; open the bundle with a copy of the base"
+                    )
+            self._apart.add(tensor.name)
+
+    def _stage(self, targets: Iterable[Tensor]) -> None:
+        """Have memory for the largest of the tensors that are not written to directly."""
+        for target in targets:
+            have = self._staging.get(target.dtype)
+            if not _is_direct(target) and (have is None or have.numel() < target.numel()):
+                pinned = target.device.type == "cuda"
+                self._staging[target.dtype] = torch.empty(
+                    target.numel(), dtype=target.dtype, device="cpu", pin_memory=pinned
+                )
+
+    # --- writing ---
+
+    @torch.no_grad()
+    def _write(self, writes: Sequence[_Write]) -> None:
+        for slot, _ in writes:
+            self._holdings.pop(slot.name, None)
+        direct = [(slot.tensor.detach(), content) for slot, content in writes if _is_direct(slot.tensor)]
+        self._fill([(target.view(-1), content) for target, content in direct])
+        for slot, content in writes:
+            target = slot.tensor.detach()
+            if content is _OWN:
+                target.copy_(self._own[slot.name])
+            elif not _is_direct(target):
+                staged = self._staging[target.dtype][: target.numel()]
+                self._fill([(staged, content)])
+                target.copy_(staged.view(target.shape))
+        for slot, content in writes:
+            slot.count_write()
+            self._holdings[slot.name] = _Holding(content, slot.place, slot.versions)
+
+    def _fill(self, destinations: Sequence[tuple[Tensor, _Content]]) -> None:
+        """Write whole tensors to flat, contiguous ones on the CPU; those of the model's own are left out."""
+        experts = {content.task: content.expert for _, content in destinations if isinstance(content, _OfExpert)}
+        for expert in experts.values():  # one at most: contents are those of one state
+            expert.write({to.name: destination for destination, to in destinations if isinstance(to, _OfExpert)})
+        jobs: list[parallel.Job] = []
+        for destination, content in destinations:
+            if isinstance(content, _OfBase):
+                for start, stop in _chunks(destination.numel()):
+                    job = partial(_copy_base, self._base, content, start, destination[start:stop])
+                    if stop - start < _SMALL_NUMEL:
+                        job()
+                    else:
+                        jobs.append(job)
+        parallel.run(jobs)
+
+    # --- the next expert ---
+
+    def _prefetch(self, task: str, names: frozenset[str]) -> None:
+        with self._files.keep(task):
+            expert = self._expert(task)
+            contents = {name: _OfExpert(task, name, expert) for name in expert.names if name in names}
+            self._hold(_State(task, contents))
+            self._expect(task)
+
+    def _expect(self, task: str | None) -> None:
+        """Keep the task that comes next in memory, and no other one for that reason."""
+        kept = contextlib.ExitStack()
+        kept.enter_context(self._files.keep(task))
+        with self._next_lock:
+            kept, self._next_kept, self._next = self._next_kept, kept, task
+        kept.close()
+
+
+# --- contents, and where they are written ---
+
+
+class _OwnContent:
+    """What the model had before an expert first wrote there."""
+
+
+_OWN: Final = _OwnContent()
+
+
+@dataclass(frozen=True, slots=True)
+class _OfBase:
+    """A tensor of the base, rounded to a dtype."""
+
+    tensor: BaseTensor
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class _OfExpert:
+    """A tensor of an expert."""
+
+    task: str
+    name: str
+    expert: Expert = field(compare=False)
+
+
+_Content: TypeAlias = _OwnContent | _OfBase | _OfExpert
+
+
+@dataclass(frozen=True)
+class _State:
+    """What the model is: a task's expert, or the base; and what every slot holds then."""
+
+    task: str | None
+    contents: Mapping[str, _Content]
+
+    @cached_property
+    def of_expert(self) -> list[_OfExpert]:
+        """Contents that are rebuilt."""
+        return [content for content in self.contents.values() if isinstance(content, _OfExpert)]
+
+    @cached_property
+    def base_tensors(self) -> list[BaseTensor]:
+        """What of the base the contents are made of, each tensor once."""
+        found: dict[str, BaseTensor] = {}
+        for content in self.contents.values():
+            if isinstance(content, _OfBase):
+                found[content.tensor.name] = content.tensor
+            elif isinstance(content, _OfExpert):
+                tensor = content.expert.task.tensor(content.name)
+                if isinstance(tensor, BasedTensor):
+                    found[tensor.base_name] = content.expert.task.base[tensor.base_name]
+        return list(found.values())
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """A piece of memory of the model.
+
+    Attributes:
+        names: in its state dict; several for tied tensors.
+        tensors: by these names, each once.
+        place: equal as long as it is the same memory.
+    """
+
+    names: tuple[str, ...]
+    tensors: tuple[Tensor, ...]
+    place: object
+
+    @property
+    def name(self) -> str:
+        """The first of its names."""
+        return self.names[0]
+
+    @property
+    def tensor(self) -> Tensor:
+        """The first of its tensors."""
+        return self.tensors[0]
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether torch counts all writes to it: not those of fused optimisers, nor of batch norm to its buffers."""
+        return all(isinstance(tensor, nn.Parameter) and not tensor.requires_grad for tensor in self.tensors)
+
+    @property
+    def versions(self) -> tuple[int, ...] | None:
+        """How often torch counted a write; None where it does not count."""
+        if any(tensor.is_inference() for tensor in self.tensors):
+            return None
+        return tuple(tensor._version for tensor in self.tensors)  # noqa: SLF001 - it has no public name
+
+    def count_write(self) -> None:
+        """Let graphs that hold the old values notice, as with any write in place."""
+        for tensor in self.tensors:
+            if not tensor.is_inference():
+                increment_version(tensor)
+
+
+_Write: TypeAlias = tuple[_Slot, _Content]
+
+
+@dataclass(frozen=True, slots=True)
+class _Holding:
+    """What was written, where, and torch's count of writes after that."""
+
+    content: _Content
+    place: object
+    versions: tuple[int, ...] | None
+
+
+def _slots(model: nn.Module) -> dict[str, _Slot]:
+    """The model's memory as it is now, by first names."""
+    tensors = model_tensors(model)
+    slots: dict[str, _Slot] = {}
+    for place, names in by_memory(tensors).items():
+        unique = {id(tensors[name]): tensors[name] for name in names}
+        slots[names[0]] = _Slot(tuple(names), tuple(unique.values()), place)
+    return slots
+
+
+def _check_slot(slot: _Slot) -> None:
+    tensor = slot.tensor
+    if is_lazy(tensor) or tensor.is_meta:
+        raise OptionError(f"tensor {slot.name!r} of the model has no memory; load the model's weights first")
+    if type(tensor.detach()) is not Tensor or tensor.layout != torch.strided or tensor.is_quantized:
+        raise OptionError(
+            f"tensor {slot.name!r} of the model is of type {type(tensor).__name__}, which is not written in place; "
+            "give a model of ordinary tensors"
+        )
+
+
+def _check_mode(slot: _Slot) -> None:
+    if slot.tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise OptionError(
+            f"tensor {slot.name!r} of the model was made in inference mode; "
+            "make the model outside of it, or switch inside of torch.inference_mode()"
+        )
+
+
+def _is_direct(target: Tensor) -> bool:
+    """Whether weights are rebuilt in the tensor's own memory."""
+    return target.device.type == "cpu" and target.is_contiguous()
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Addresses of the memory that a tensor's elements are in; its storage, where it is part of one."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+
+
+def _copy_base(base: PinnedBase, content: _OfBase, start: int, destination: Tensor) -> None:
+    """Write a tensor of the base, from element *start* on, which lies in one chunk with all of *destination*."""
+    elements = base.read(content.tensor.name, start, start + destination.numel())
+    if elements.dtype != content.dtype:
+        rounded = torch.empty(destination.numel(), dtype=content.dtype, device="cpu")
+        copy_cast(rounded, elements)
+        elements = rounded
+    copy_cast(destination, elements)
+
+
+def _chunks(numel: int) -> Iterator[tuple[int, int]]:
+    return (chunk_span(numel, index) for index in range(chunk_count(numel)))
+
+
+def _called(task: str | None) -> str:
+    return "the base" if task is None else f"expert {task!r}"
+
+
+def _described(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
