@@ -188,23 +188,28 @@ def test_every_kind_bit_for_bit_and_nothing_adds_up(bundle, frozen):
         assert is_expert(model, bundle, task) if task else is_base(model, bundle, own)
 
 
-def test_thousands_of_switches(tmp_path):
-    base = {"weight": torch.randn(4, 4), "bias": torch.randn(4)}
-    group, random_ = Group(tmp_path, base), np.random.default_rng(0)
-    group.vector("weight", "F32", random_.standard_normal(16))
+def small_bundle(root):
+    """Three tasks of one layer, and the tensors of each and of the base."""
+    base = {"0.weight": torch.randn(4, 4), "0.bias": torch.randn(4)}
+    group, random_ = Group(root, base), np.random.default_rng(0)
+    group.vector("0.weight", "F32", random_.standard_normal(16))
     tasks = [Task(group, name) for name in TASKS]
     for task in tasks:
-        task.mask("weight", random_.integers(0, 2, 16), gain=0.75)
-        task.private("bias", torch.randn(4))
-    bundle = tallstore.open_bundle(Bundle(tmp_path, base, [group], tasks).seal())
-    model = nn.Linear(4, 4)
+        task.mask("0.weight", random_.integers(0, 2, 16), gain=0.75)
+        task.private("0.bias", torch.randn(4))
+    bundle = tallstore.open_bundle(Bundle(root, base, [group], tasks).seal())
+    return bundle, {task.name: task.expected for task in tasks} | {None: base}
+
+
+def test_thousands_of_switches(tmp_path):
+    bundle, expected = small_bundle(tmp_path)
+    model = nn.Sequential(nn.Linear(4, 4))
     switcher, tries = bundle.attach(model), np.random.default_rng(0)
-    expected = {task: bundle.state_dict(task) for task in TASKS} | {None: base}
     for _ in range(3000):
         task = tries.choice([*TASKS, None])
         switcher.set_expert(task)
-        assert torch.equal(model.weight, expected[task]["weight"])
-        assert torch.equal(model.bias, expected[task]["bias"])
+        assert torch.equal(model[0].weight, expected[task]["0.weight"])
+        assert torch.equal(model[0].bias, expected[task]["0.bias"])
 
 
 def test_the_memory_stays_where_it_is_and_optimisers_keep_their_state(bundle):
@@ -372,6 +377,26 @@ def test_tensors_that_the_base_has_under_another_name(tmp_path):
     switcher.set_expert(None)
     assert torch.equal(model.weight, base["0.weight"])
     assert torch.equal(model.bias, base["0.bias"])
+
+
+def test_names_that_only_a_later_task_gives(tmp_path):
+    """Before it, the tensor is nobody's but the model's."""
+    base = {"0.weight": torch.randn(3, 3), "0.bias": torch.randn(3)}
+    group = Group(tmp_path, base)
+    tasks = [Task(group, "less"), Task(group, "whole")]
+    for task in tasks:
+        task.same("bias", base="0.bias")
+    tasks[1].private("head", torch.ones(1))
+    tasks[1].same("weight", base="0.weight")
+    bundle = tallstore.open_bundle(Bundle(tmp_path, base, [group], tasks).seal())
+    model = nn.Linear(3, 3)
+    before = model.weight.detach().clone()
+    switcher = bundle.attach(model, strict=False)
+    for task, weight in (("less", before), (None, before), ("whole", base["0.weight"]), (None, base["0.weight"])):
+        switcher.set_expert(task)
+        assert torch.equal(model.weight, weight)
+    switcher.set_expert("less")
+    assert torch.equal(model.weight, base["0.weight"])
 
 
 def test_in_inference_mode(bundle):
@@ -606,7 +631,7 @@ def test_masks_in_memory_are_bounded(bundle):
     assert switcher.cached_tasks == ("a", "b", "c")
 
     tight = bundle.attach(fresh(), cache_nbytes=everything - 1)
-    for task in ("a", "b", "a", "c"):
+    for task in ("a", "b", "a", None, "c"):
         tight.set_expert(task)
     assert tight.cached_tasks == ("a", "c")  # b was used least recently
     assert tight.cached_nbytes < everything
@@ -751,22 +776,27 @@ def test_a_model_that_is_neither_refuses_to_run(bundle, monkeypatch, error):
         assert not model._forward_pre_hooks
 
 
-def test_a_compiled_model_refuses_too(bundle, monkeypatch):
-    model = fresh().requires_grad_(requires_grad=False)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_model_refuses_too(tmp_path, monkeypatch, in_place):
+    """Its graphs do not look for hooks that come later."""
+    bundle, _ = small_bundle(tmp_path)
+    model, tokens = nn.Sequential(nn.Linear(4, 4)), torch.ones(2, 4)
     switcher = bundle.attach(model)
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager")
+    if in_place:
+        model.compile(backend="aot_eager")
+    compiled = model if in_place else torch.compile(model, backend="aot_eager")
     switcher.set_expert("b")
     switcher.set_expert("a")
-    compiled(TOKENS)
+    compiled(tokens)
     with monkeypatch.context() as patch:
-        Interrupted(patch, OSError, 3, float("inf"))
+        Interrupted(patch, OSError, 2, float("inf"))
         with pytest.raises(tallstore.SwitchError):
             switcher.set_expert("b")
     with pytest.raises(tallstore.SwitchError, match="neither"):
-        compiled(TOKENS)
+        compiled(tokens)
     switcher.set_expert("b")
-    assert torch.equal(compiled(TOKENS), model(TOKENS))
+    assert torch.equal(compiled(tokens), model.forward(tokens))
 
 
 def test_a_failure_at_the_first_switch_leaves_the_model_as_it_was_or_the_base(bundle, monkeypatch):
