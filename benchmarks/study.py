@@ -6,7 +6,7 @@
 gain      which one number scales a reconstruction best, and over how much of it: a row, a tensor, a layer, all
 whole     what had better be stored whole
 shared    what the tasks of SignedMask had better share, at equal density
-frontier  agreement by bits, packed: SignedMask and Uniform(3) over their thresholds, and the fixed ones between them
+frontier  agreement by bits, packed: SignedMask and Uniform(3) over their thresholds, Auto, and fits without a choice
 
 The first three are formulas on whole tensors in float32, nothing quantised; the last is read from bundles' bytes.
 Experts are as for fidelity.py.
@@ -141,7 +141,7 @@ def frontier(_family: Family) -> list[Fit]:
         fits.append(Fit(f"LeastSquares(1) by {by}", tallstore.LeastSquares(levels=1, scale=by)))
         fits.append(Fit(f"LeastSquares(2) by {by}", tallstore.LeastSquares(levels=2, scale=by)))
         fits.append(Fit(f"Uniform(4) by {by}", tallstore.Uniform(levels=4, scale=by)))
-    return fits
+    return fits + [Fit(f"Auto({bits})", tallstore.Auto(bits)) for bits in BITS]
 
 
 def at_bits(rows: Sequence[Row]) -> str:

@@ -63,6 +63,8 @@ def train_masks(
         masks = {"spam": tallstore.train_masks("base/", "spam/", loss, density=0.01)}
         tallstore.pack("base/", {"spam": "spam/"}, "bundle/", method=tallstore.Localize(masks=masks))
 
+    The masks fit the values as they are: keep `Localize`'s gain "published". What they keep, a gain of one overshoots.
+
     Args:
         base: as for `pack`.
         expert: as for `pack`; one of them.

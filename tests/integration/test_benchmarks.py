@@ -61,6 +61,7 @@ def test_a_bundle_of_the_papers_layout_takes_the_papers_bits(paper_storage, tmp_
             assert torch.equal(tensor.flatten(), opened.read(name)) != moved, name
 
 
+@pytest.mark.slow
 def test_the_storage_table_is_printed(tmp_path):
     run = subprocess.run(
         [sys.executable, BENCHMARKS / "paper_storage.py", "--scale", "512", "--tasks", "2", "--out", tmp_path],

@@ -147,6 +147,7 @@ def test_a_larger_budget_is_kept_and_never_less_true(models, tmp_path):
     assert cosines == sorted(cosines)
 
 
+@pytest.mark.slow
 def test_no_single_method_of_that_size_is_truer(models, tmp_path):
     base, experts = models
     for method in (SignedMask(), Uniform(3, threshold=1.0), Sign(scale="row")):
