@@ -60,8 +60,8 @@ FITS = (
         tallstore.TallMask.published(),
         DenseFit(dense_fits.tall_mask(0.4, ties=True), "published", kept=0.2),
     ),
-    Fit("Emr()", tallstore.Emr(), DenseFit(dense_fits.emr)),
-    Fit("Emr(gain='published')", tallstore.Emr(gain="published"), DenseFit(dense_fits.emr, "magnitudes", by="task")),
+    Fit("Emr()", tallstore.Emr(), DenseFit(dense_fits.emr, "magnitudes", by="task")),
+    Fit("Emr(gain='one')", tallstore.Emr(gain="one"), DenseFit(dense_fits.emr)),
     Fit("LeastSquares()", tallstore.LeastSquares(), DenseFit(dense_fits.least_squares(1))),
     Fit("LeastSquares(levels=2)", tallstore.LeastSquares(levels=2), DenseFit(dense_fits.least_squares(2))),
     Fit("Sign()", tallstore.Sign(), DenseFit(dense_fits.sign("row"))),
@@ -72,6 +72,11 @@ FITS = (
         DenseFit(dense_fits.sign(), "published"),
     ),
     Fit("Uniform(levels=3)", tallstore.Uniform(levels=3), DenseFit(dense_fits.uniform(3))),
+    Fit(
+        "Uniform(levels=3, scale='tensor')",
+        tallstore.Uniform(levels=3, scale="tensor"),
+        DenseFit(dense_fits.uniform(3, "tensor")),
+    ),
     Fit(
         "Uniform(levels=3, threshold=1.0)",
         tallstore.Uniform(levels=3, threshold=1.0),

@@ -43,7 +43,7 @@ METHODS: dict[str, Method] = {
     "tall normalised": TallMask(0.6, normalise=True),
     "tall ties": TallMask.published(),
     "tall mean": TallMask(merge="mean"),
-    "emr": Emr(),
+    "emr": Emr("one"),
     "emr published": Emr("published"),
     "least squares": LeastSquares(),
     "two levels": LeastSquares(2),

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Protocol
 
 from tallstore.fit.auto import Auto
+from tallstore.fit.base import Fit
 from tallstore.fit.emr import Emr, EmrFit
 from tallstore.fit.gain import WIDEST, Gain, Projections, solve
 from tallstore.fit.least_squares import LeastSquares, LeastSquaresFit
@@ -20,7 +20,6 @@ from tallstore.fit.signed_mask import SignedMask, SignedMaskFit
 from tallstore.fit.tall_mask import PUBLISHED_GRID, Chunks, Run, TallMask, TallMaskFit
 from tallstore.fit.tile import SMALLEST_RMS, Coded, Shared, TaskStatistics, Tile, row_sums
 from tallstore.fit.uniform import Uniform, UniformFit
-from tallstore.format.manifest import Role
 
 __all__ = [
     "PUBLISHED_GRID",
@@ -72,39 +71,6 @@ def described(method: Method) -> str:
 
 def _shown(value: object) -> str:
     return "…" if isinstance(value, Mapping) else repr(value)
-
-
-class Fit(Protocol):
-    """What packing asks of a method at work."""
-
-    @property
-    def kind(self) -> Kind:
-        """Of the codes."""
-
-    @property
-    def levels(self) -> Levels | None:
-        """Of `uniform` codes."""
-
-    @property
-    def roles(self) -> tuple[Role, ...]:
-        """The shared vectors that `merge` makes."""
-
-    @property
-    def gain(self) -> Gain:
-        """How a tensor's reconstruction is scaled."""
-
-    @property
-    def fallback(self) -> Fit | None:
-        """What to code a task with, over the same shared vectors, where this fit degenerates."""
-
-    def merge(self, tile: Tile) -> Shared:
-        """The shared vectors of a tile, before they are stored: one for each role, float32, of the tile's length."""
-
-    def chosen(self, task: str) -> Mapping[str, float]:
-        """The parameters that are the task's own, to be recorded with it."""
-
-    def code(self, tile: Tile, position: int, shared: Shared) -> Coded:
-        """Codes of the task at *position*, from the shared vectors as stored. The same however often it is asked."""
 
 
 @dataclass(frozen=True)

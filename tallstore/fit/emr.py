@@ -16,10 +16,10 @@ from typing import ClassVar
 
 import torch
 
+from tallstore.fit.base import Fit
 from tallstore.fit.gain import Gain, check_gain
-from tallstore.fit.sides import Kind
 from tallstore.fit.tile import Coded, Shared, Tile
-from tallstore.format.manifest import Role, Scalar, SharedDtype
+from tallstore.format.manifest import Scalar, SharedDtype
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Emr:
     """EMR-Merging's elected vector and masks.
 
     Args:
-        gain: "one" or "least-squares" scale a tensor; "published" is the paper's rescaler, one number a task, which
-            takes another pass over all task vectors.
+        gain: "published" is the paper's rescaler, one number a task, which takes another pass over all task vectors;
+            of all fits, this one alone was truer with it than with "one". "one" and "least-squares" scale a tensor.
     """
 
-    gain: Gain = "one"
+    gain: Gain = "published"
 
     name: ClassVar = "emr"
     merged_dtype: ClassVar[SharedDtype] = "I8"
@@ -49,7 +49,7 @@ class Emr:
 
 
 @dataclass(frozen=True)
-class EmrFit:
+class EmrFit(Fit):
     """An Emr at work.
 
     Attributes:
@@ -59,10 +59,8 @@ class EmrFit:
     method: Emr
     rescalers: Mapping[str, float] = field(default_factory=dict)
 
-    kind: ClassVar[Kind] = "mask"
-    levels: ClassVar = None
-    roles: ClassVar[tuple[Role, ...]] = ("merged",)
-    fallback: ClassVar = None
+    kind = "mask"
+    roles = ("merged",)
 
     @classmethod
     def prepare(cls, method: Emr, tiles: Callable[[], Iterable[Tile]]) -> EmrFit:
@@ -81,11 +79,6 @@ class EmrFit:
                 task_vectors[task] = task_vectors.get(task, 0.0) + vector.abs().sum(dtype=torch.float64).item()
                 masked[task] = masked.get(task, 0.0) + agreeing.abs().sum(dtype=torch.float64).item()
         return cls(method, {task: task_vectors[task] / total for task, total in masked.items() if total})
-
-    @property
-    def gain(self) -> Gain:
-        """Of the method."""
-        return self.method.gain
 
     def chosen(self, task: str) -> Mapping[str, float]:
         """The task's rescaler, where it is the paper's."""

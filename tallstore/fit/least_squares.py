@@ -12,13 +12,13 @@ sets that made a mean are those that choose it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from tallstore.fit.base import Fit
 from tallstore.fit.gain import Gain, check_choice, check_gain
 from tallstore.fit.sides import Kind
 from tallstore.fit.tile import Coded, ScaleBy, Shared, Tile
@@ -57,13 +57,10 @@ class LeastSquares:
 
 
 @dataclass(frozen=True)
-class LeastSquaresFit:
+class LeastSquaresFit(Fit):
     """A LeastSquares at work."""
 
     method: LeastSquares
-
-    levels: ClassVar = None
-    fallback: ClassVar = None
 
     @property
     def kind(self) -> Kind:
@@ -74,15 +71,6 @@ class LeastSquaresFit:
     def roles(self) -> tuple[Role, ...]:
         """Of the shared vectors."""
         return ("merged",) if self.method.levels == 1 else ("merged", "merged_lo")
-
-    @property
-    def gain(self) -> Gain:
-        """Of the method."""
-        return self.method.gain
-
-    def chosen(self, _task: str) -> Mapping[str, float]:
-        """Nothing is chosen for a task."""
-        return {}
 
     def merge(self, tile: Tile) -> Shared:
         """The shared vectors of a tile. Cost: a sort of the tasks' values at every parameter."""

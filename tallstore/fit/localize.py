@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from tallstore.errors import OptionError
+from tallstore.fit.base import Fit
 from tallstore.fit.gain import Gain, check_choice, check_gain, is_number
-from tallstore.fit.sides import Kind
 from tallstore.fit.tall_mask import Chunks, Run
 from tallstore.fit.ties import trim_threshold
 from tallstore.fit.tile import Coded, Shared, Tile
-from tallstore.format.manifest import Role, Scalar, SharedDtype
+from tallstore.format.manifest import Scalar, SharedDtype
 from tallstore.format.r13 import SMALLEST
 
 ValuesDtype = Literal["float16", "bfloat16", "float32"]
@@ -67,7 +67,7 @@ class Localize:
 
 
 @dataclass(frozen=True)
-class LocalizeFit:
+class LocalizeFit(Fit):
     """A Localize at work.
 
     Attributes:
@@ -77,10 +77,7 @@ class LocalizeFit:
     method: Localize
     thresholds: Mapping[str, float] = field(default_factory=dict)
 
-    kind: ClassVar[Kind] = "sparse"
-    levels: ClassVar = None
-    roles: ClassVar[tuple[Role, ...]] = ()
-    fallback: ClassVar = None
+    kind = "sparse"
 
     @classmethod
     def prepare(cls, method: Localize, chunks: Mapping[str, Chunks], run: Run = map) -> LocalizeFit:
@@ -94,11 +91,6 @@ class LocalizeFit:
         return cls(method, dict(zip(chunks, run(threshold, chunks.values()), strict=True)))
 
     @property
-    def gain(self) -> Gain:
-        """Of the method."""
-        return self.method.gain
-
-    @property
     def values_dtype(self) -> str:
         """Of the values, as the format names it."""
         return {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}[self.method.values_dtype]
@@ -106,10 +98,6 @@ class LocalizeFit:
     def chosen(self, task: str) -> Mapping[str, float]:
         """The smallest magnitude that is kept of a task."""
         return {"threshold": self.thresholds[task]} if task in self.thresholds else {}
-
-    def merge(self, _tile: Tile) -> Shared:
-        """Nothing is shared."""
-        return {}
 
     def code(self, tile: Tile, position: int, _shared: Shared) -> Coded:
         """Bits and values of the task at *position*."""

@@ -9,15 +9,14 @@ centre, the mean of the task vectors is shared, and the signs are those of what 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, get_args
 
 import torch
 
 from tallstore.errors import OptionError
+from tallstore.fit.base import Fit
 from tallstore.fit.gain import Gain, check_choice, check_gain
-from tallstore.fit.sides import Kind
 from tallstore.fit.tile import Coded, ScaleBy, Shared, Tile, centre
 from tallstore.format.manifest import Role, Scalar, SharedDtype
 
@@ -55,28 +54,17 @@ class Sign:
 
 
 @dataclass(frozen=True)
-class SignFit:
+class SignFit(Fit):
     """A Sign at work."""
 
     method: Sign
 
-    kind: ClassVar[Kind] = "sign"
-    levels: ClassVar = None
-    fallback: ClassVar = None
+    kind = "sign"
 
     @property
     def roles(self) -> tuple[Role, ...]:
         """Of the shared vectors."""
         return ("centre",) if self.method.centre else ()
-
-    @property
-    def gain(self) -> Gain:
-        """Of the method."""
-        return self.method.gain
-
-    def chosen(self, _task: str) -> Mapping[str, float]:
-        """Nothing is chosen for a task."""
-        return {}
 
     def merge(self, tile: Tile) -> Shared:
         """The centre, if there is one."""

@@ -13,16 +13,15 @@ magnitude carries none, and its worth does not fade as tasks are added.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, get_args
 
 import torch
 
+from tallstore.fit.base import Fit
 from tallstore.fit.gain import Gain, check_choice, check_gain, check_number
-from tallstore.fit.sides import Kind
 from tallstore.fit.tile import Coded, ScaleBy, Shared, Tile
-from tallstore.format.manifest import Role, Scalar, SharedDtype
+from tallstore.format.manifest import Scalar, SharedDtype
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,8 @@ class SignedMask:
 
     Args:
         threshold: how many times the shared magnitude a weight must move to be kept; 0 keeps every sign, larger values
-            give thinner masks and smaller bundles. 1.2 costs about 1.1 bits a parameter a task.
+            give thinner masks and smaller bundles, up to about 1.8: masks thinner than that degenerate, and keep every
+            sign instead. 1.2 costs about 1.1 bits a parameter a task.
         scale: whether each task's tensor is brought to unit root mean square as a whole ("tensor") or row by row
             ("row"), which costs a number a row.
         gain: "one" (see `tallstore.fit.gain`), "least-squares", or "published": the normalisation undone, and no more.
@@ -59,28 +59,18 @@ class SignedMask:
 
 
 @dataclass(frozen=True)
-class SignedMaskFit:
+class SignedMaskFit(Fit):
     """A SignedMask at work. It needs nothing beyond a tile and its tensor's statistics."""
 
     method: SignedMask
 
-    kind: ClassVar[Kind] = "signed"
-    levels: ClassVar = None
-    roles: ClassVar[tuple[Role, ...]] = ("merged",)
-
-    @property
-    def gain(self) -> Gain:
-        """Of the method."""
-        return self.method.gain
+    kind = "signed"
+    roles = ("merged",)
 
     @property
     def fallback(self) -> SignedMaskFit | None:
         """Every sign: where no weight exceeds its threshold, as between two checkpoints of one run."""
         return SignedMaskFit(replace(self.method, threshold=0.0)) if self.method.threshold > 0 else None
-
-    def chosen(self, _task: str) -> Mapping[str, float]:
-        """Nothing is chosen for a task."""
-        return {}
 
     def merge(self, tile: Tile) -> Shared:
         """Mean magnitude of the tasks at unit root mean square."""

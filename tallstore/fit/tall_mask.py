@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from tallstore.errors import OptionError
+from tallstore.fit.base import Fit
 from tallstore.fit.gain import Gain, check_gain
-from tallstore.fit.sides import Kind
 from tallstore.fit.ties import disjoint_sum, trim_threshold, trimmed
 from tallstore.fit.tile import Coded, Shared, Tile
-from tallstore.format.manifest import Role, Scalar, SharedDtype
+from tallstore.format.manifest import Scalar, SharedDtype
 
 Merge = Literal["sum", "ties", "mean"]
 #: A task's whole task vector, streamed; for what must be known of all of it.
@@ -107,7 +107,7 @@ class TallMask:
 
 
 @dataclass(frozen=True)
-class TallMaskFit:
+class TallMaskFit(Fit):
     """A TallMask at work on one set of tasks.
 
     Attributes:
@@ -119,10 +119,8 @@ class TallMaskFit:
     lambdas: Mapping[str, float]
     thresholds: Mapping[str, float] = field(default_factory=dict)
 
-    kind: ClassVar[Kind] = "mask"
-    levels: ClassVar = None
-    roles: ClassVar[tuple[Role, ...]] = ("merged",)
-    fallback: ClassVar = None
+    kind = "mask"
+    roles = ("merged",)
 
     @classmethod
     def prepare(
@@ -143,11 +141,6 @@ class TallMaskFit:
     def with_lambdas(self, lambdas: Mapping[str, float]) -> TallMaskFit:
         """The same fit at other lambdas."""
         return replace(self, lambdas=lambdas)
-
-    @property
-    def gain(self) -> Gain:
-        """Of the method."""
-        return self.method.gain
 
     def chosen(self, task: str) -> Mapping[str, float]:
         """The mask_lambda that was chosen for a task, and the smallest magnitude that TIES' trim keeps of it."""

@@ -11,7 +11,6 @@ smallest and the largest value.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -19,8 +18,9 @@ import torch
 from torch import Tensor
 
 from tallstore.errors import OptionError
+from tallstore.fit.base import Fit
 from tallstore.fit.gain import Gain, check_choice, check_gain, check_number
-from tallstore.fit.sides import Kind, Levels
+from tallstore.fit.sides import Levels
 from tallstore.fit.tile import Coded, ScaleBy, Shared, Tile, centre
 from tallstore.format.manifest import Role, Scalar, SharedDtype
 
@@ -82,13 +82,12 @@ class Uniform:
 
 
 @dataclass(frozen=True)
-class UniformFit:
+class UniformFit(Fit):
     """A Uniform at work."""
 
     method: Uniform
 
-    kind: ClassVar[Kind] = "uniform"
-    fallback: ClassVar = None
+    kind = "uniform"
 
     @property
     def levels(self) -> Levels:
@@ -107,10 +106,6 @@ class UniformFit:
         The published one is least squares: by row it makes no difference, since the scales of rows are that already.
         """
         return "least-squares" if self.method.gain == "published" else self.method.gain
-
-    def chosen(self, _task: str) -> Mapping[str, float]:
-        """Nothing is chosen for a task."""
-        return {}
 
     def merge(self, tile: Tile) -> Shared:
         """The centre, if there is one."""

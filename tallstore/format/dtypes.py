@@ -7,7 +7,7 @@ in which payloads are stored and hashed, and in which inputs are read.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal, TypeAlias, TypeGuard
@@ -82,6 +82,11 @@ class TensorSpec:
 def chunk_count(numel: int) -> int:
     """Chunks of a tensor of *numel* elements; 0 for an empty one."""
     return -(-numel // CHUNK_NUMEL)
+
+
+def chunk_spans(numel: int) -> Iterator[tuple[int, int]]:
+    """`chunk_span` of each chunk of a tensor of *numel* elements, in order."""
+    return (chunk_span(numel, index) for index in range(chunk_count(numel)))
 
 
 def chunk_span(numel: int, index: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tallstore.checkpoints.torch_dtypes import TORCH_DTYPES
 from tallstore.errors import OptionError
 from tallstore.format.bundle_files import BundleFiles, Task
-from tallstore.format.dtypes import chunk_count, chunk_span
+from tallstore.format.dtypes import chunk_spans
 from tallstore.format.manifest import Whole
 from tallstore.inspecting.claims import MAX_HELD
 from tallstore.inspecting.lineage import Lineage, lineages
@@ -116,8 +116,7 @@ class Merging:
     def _moved(self, lineage: Lineage, added: Elements | None) -> Tensor:
         result = torch.empty(lineage.tensor.shape, dtype=TORCH_DTYPES[lineage.tensor.dtype], device="cpu")
         flat = result.view(-1)
-        for index in range(chunk_count(lineage.numel)):
-            start, stop = chunk_span(lineage.numel, index)
+        for start, stop in chunk_spans(lineage.numel):
             base, destination = self._base.read(lineage.name, start, stop), flat[start:stop]
             if added is None:
                 destination.copy_(base)

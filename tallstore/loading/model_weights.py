@@ -42,9 +42,9 @@ def load_expert(expert: Expert, model: nn.Module, *, strict: bool) -> LoadResult
     """
     writes, result = match(expert, model_tensors(model), strict=strict)
     with torch.no_grad():
-        expert.write({name: target.detach().view(-1) for name, target in writes.items() if _is_plain(target)})
+        expert.write({name: target.detach().view(-1) for name, target in writes.items() if is_direct(target)})
         for name, target in writes.items():
-            if not _is_plain(target):
+            if not is_direct(target):
                 target.copy_(expert.tensor(name, target.dtype))
     return result
 
@@ -129,8 +129,8 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.view(-1).view(torch.uint8), other.view(-1).view(torch.uint8))
 
 
-def _is_plain(target: Tensor) -> bool:
-    """Whether chunks can be written to it as they are."""
+def is_direct(target: Tensor) -> bool:
+    """Whether chunks can be rebuilt in its own memory."""
     return target.device.type == "cpu" and target.is_contiguous()
 
 

@@ -6,6 +6,7 @@ whole chunks on threads of one intra-op thread each do not.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import threading
@@ -82,6 +83,16 @@ def _run(jobs: Iterator[Job], threads: ThreadPoolExecutor, count: int) -> None:
         for future in pending:
             if not future.cancel():
                 future.exception()  # waits for its end
+
+
+@contextlib.contextmanager
+def threads() -> Iterator[ThreadPoolExecutor]:
+    """As many threads as torch may use, each with one intra-op thread; what is pending on an error is dropped."""
+    pool = _begin(torch.get_num_threads())
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class _Threads:

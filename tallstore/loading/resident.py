@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tallstore.format.bits import Bytes
 from tallstore.format.bundle_files import BundleFiles, Owner, Task
-from tallstore.format.dtypes import CHUNK_NUMEL, chunk_count, chunk_span
+from tallstore.format.dtypes import CHUNK_NUMEL, chunk_count, chunk_spans
 from tallstore.format.manifest import Role, Whole
 from tallstore.format.payloads import Coded, Stored, coded_part, tensor_payloads, vector_step_of, vector_values_of
 from tallstore.format.shard_reader import PayloadReader
@@ -213,8 +213,8 @@ class ResidentBase(PinnedBase):
         """
         if name in self._complete:
             return
-        for index in range(chunk_count(numel)):
-            chunk = self._source.read(name, *chunk_span(numel, index))
+        for index, span in enumerate(chunk_spans(numel)):
+            chunk = self._source.read(name, *span)
             if self._keep and len(self._held) < _MAX_HELD_CHUNKS:
                 self._held[name, index] = chunk
         if self._keep:

@@ -9,31 +9,31 @@ import threading
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Final, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
-from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from tallstore.checkpoints.torch_dtypes import TORCH_DTYPES
 from tallstore.errors import OptionError, SwitchError, TallstoreError
 from tallstore.format.bundle_files import BundleFiles
-from tallstore.format.dtypes import chunk_count, chunk_span
+from tallstore.format.dtypes import chunk_spans
 from tallstore.format.manifest import BasedTensor, BaseTensor, SameTensor
 from tallstore.loading import parallel
-from tallstore.loading.decode import copy_cast
+from tallstore.loading.contents import OWN, Content, Holding, OfBase, OfExpert, State, copy_base
 from tallstore.loading.expert import Expert
-from tallstore.loading.model_weights import by_memory, listed, match, model_tensors
+from tallstore.loading.model_slots import Slot, check_mode, check_slot, memory_span, slots_of
+from tallstore.loading.model_weights import is_direct, listed, match, model_tensors
 from tallstore.loading.pinned_base import PinnedBase
 from tallstore.loading.resident import ResidentBase, ResidentFiles
 
 #: Of a tensor; to copy fewer elements costs less than to let another thread do it.
 _SMALL_NUMEL: Final = 1 << 15
 _MAX_STATES: Final = 256
+
+_Write: TypeAlias = tuple[Slot, Content]
 
 
 class Switcher:
@@ -82,10 +82,10 @@ class Switcher:
         self._next_lock = threading.Lock()
         self._base_names: dict[str, str] = {}  # of tensors that tasks have under another name than the base
         self._places: Sequence[object] = ()  # of the model's tensors; for these, the following was worked out
-        self._states: dict[str | None, _State] = {}
+        self._states: dict[str | None, State] = {}
         self._apart: set[str] = set()  # base tensors that are not in the model's memory
         self._own: dict[str, Tensor] = {}
-        self._holdings: dict[str, _Holding] = {}
+        self._holdings: dict[str, Holding] = {}
         self._staging: dict[torch.dtype, Tensor] = {}
         self._refusals: list[RemovableHandle] = []
         self._failure: str | None = None
@@ -185,7 +185,7 @@ class Switcher:
     # --- a switch ---
 
     def _switch(self, task: str | None) -> None:
-        slots = _slots(self._model)
+        slots = slots_of(self._model)
         before, wanted = self._state, self._wanted(task, slots)
         with self._files.keep(before.task, task):
             writes = [(slot, wanted.contents[name]) for name, slot in slots.items() if not self._holds(slot, wanted)]
@@ -210,7 +210,7 @@ class Switcher:
         if self._next == self._state.task:
             self._expect(None)
 
-    def _undo(self, before: _State, wanted: _State, slots: Sequence[_Slot], error: BaseException) -> None:
+    def _undo(self, before: State, wanted: State, slots: Sequence[Slot], error: BaseException) -> None:
         """Write back what was there before *error*; where that fails, see to it that nobody runs the model."""
         reason: BaseException = error
         if self._failure is None:
@@ -244,23 +244,23 @@ class Switcher:
 
     # --- what is to be written where ---
 
-    def _first_state(self) -> _State:
+    def _first_state(self) -> State:
         """What a model is taken for that was just given: the base, and for the rest what it has."""
-        slots = _slots(self._model)
+        slots = slots_of(self._model)
         contents = self._resting(slots)
         fetched = next((task.name for task in self._files.manifest.tasks if self._files.is_fetched(task.name)), None)
-        if fetched is not None and _OWN in contents.values():
+        if fetched is not None and OWN in contents.values():
             with contextlib.suppress(TallstoreError):  # a task that cannot be read says so when it is asked for
                 self._learn_names(self._expert(fetched))
                 contents = self._resting(slots)
-        if all(content is _OWN for content in contents.values()):
+        if all(content is OWN for content in contents.values()):
             raise OptionError(
                 f"the model has no tensor of the base's: it has {listed(name for name in contents)}, the base "
                 f"{listed(self._files.base)}; give the model that the bundle's experts are of"
             )
-        return _State(None, contents)
+        return State(None, contents)
 
-    def _wanted(self, task: str | None, slots: Mapping[str, _Slot]) -> _State:
+    def _wanted(self, task: str | None, slots: Mapping[str, Slot]) -> State:
         """What every slot is to hold; refuses what does not fit. Worked out once for a model whose memory stays."""
         places = [slot.place for slot in slots.values()]
         if places != self._places or len(self._states) > _MAX_STATES:
@@ -268,14 +268,14 @@ class Switcher:
         if task not in self._states:
             state = self._plan(task, slots)
             for name, content in state.contents.items():
-                if content is not _OWN:
-                    _check_slot(slots[name])
+                if content is not OWN:
+                    check_slot(slots[name])
             self._states[task] = state
         return self._states[task]
 
-    def _plan(self, task: str | None, slots: Mapping[str, _Slot]) -> _State:
+    def _plan(self, task: str | None, slots: Mapping[str, Slot]) -> State:
         if task is None:
-            return _State(None, self._resting(slots))
+            return State(None, self._resting(slots))
         expert = self._expert(task)
         owners = {name: slot for slot in slots.values() for name in slot.names}
         matched, _ = match(expert, {name: slot.tensor for name, slot in owners.items()}, strict=self._strict)
@@ -284,11 +284,11 @@ class Switcher:
         for name in matched:
             tensor = expert.task.tensor(name)
             if isinstance(tensor, SameTensor):
-                content: _Content = _OfBase(self._base_tensor(tensor.base_name), TORCH_DTYPES[tensor.dtype])
+                content: Content = OfBase(self._base_tensor(tensor.base_name), TORCH_DTYPES[tensor.dtype])
             else:
-                content = _OfExpert(task, name, expert)
+                content = OfExpert(task, name, expert)
             contents[owners[name].name] = content
-        return _State(task, contents)
+        return State(task, contents)
 
     def _expert(self, task: str) -> Expert:
         return Expert(self._files.task(task), self._files, self._base)
@@ -300,49 +300,49 @@ class Switcher:
                 self._base_names[name] = tensor.base_name
                 self._states = {}
 
-    def _resting(self, slots: Mapping[str, _Slot]) -> dict[str, _Content]:
+    def _resting(self, slots: Mapping[str, Slot]) -> dict[str, Content]:
         """What every slot holds without an expert."""
         return {name: self._resting_content(slot) for name, slot in slots.items()}
 
-    def _resting_content(self, slot: _Slot) -> _Content:
+    def _resting_content(self, slot: Slot) -> Content:
         names = [self._base_names.get(name, name) for name in slot.names]
         found = [self._base_tensor(name) for name in names if name in self._files.base]
         first = next((tensor for tensor in found if tensor.shape == tuple(slot.tensor.shape)), None)
         if first is None:
-            return _OWN
+            return OWN
         for other in found:
             if (other.dtype, other.shape, other.chunks) != (first.dtype, first.shape, first.chunks):
                 raise OptionError(
                     f"the model ties {first.name!r} and {other.name!r}, which differ in the base; "
                     "untie them first, as with config.tie_word_embeddings = False"
                 )
-        return _OfBase(first, TORCH_DTYPES[first.dtype])
+        return OfBase(first, TORCH_DTYPES[first.dtype])
 
     def _base_tensor(self, name: str) -> BaseTensor:
         """The base's tensor of that name, or the one that it is tied to."""
         tensor = self._files.base[name]
         return tensor if tensor.alias_of is None else self._files.base[tensor.alias_of]
 
-    def _holds(self, slot: _Slot, state: _State) -> bool:
+    def _holds(self, slot: Slot, state: State) -> bool:
         """Whether there is nothing to write."""
         content, holding = state.contents[slot.name], self._holdings.get(slot.name)
-        if content is _OWN and slot.name not in self._own:
+        if content is OWN and slot.name not in self._own:
             return True  # nothing else was ever written there
-        return slot.is_frozen and holding == _Holding(content, slot.place, slot.versions)
+        return slot.is_frozen and holding == Holding(content, slot.place, slot.versions)
 
     # --- what can fail, before anything is written ---
 
-    def _prepare(self, slots: Mapping[str, _Slot], wanted: _State, writes: Sequence[_Write]) -> None:
+    def _prepare(self, slots: Mapping[str, Slot], wanted: State, writes: Sequence[_Write]) -> None:
         for slot, _ in writes:
-            _check_mode(slot)
+            check_mode(slot)
         self._hold(wanted)
         self._check_apart(slots, wanted.base_tensors)
         for slot, content in writes:
-            if content is not _OWN and self._state.contents.get(slot.name, _OWN) is _OWN and slot.name not in self._own:
+            if content is not OWN and self._state.contents.get(slot.name, OWN) is OWN and slot.name not in self._own:
                 self._own[slot.name] = slot.tensor.detach().clone()
         self._stage(slot.tensor for slot, _ in writes)
 
-    def _hold(self, state: _State) -> None:
+    def _hold(self, state: State) -> None:
         """Have in memory, checked, what a state is made of."""
         coded = state.of_expert
         if coded:
@@ -350,16 +350,18 @@ class Switcher:
         for tensor in state.base_tensors:
             self._base.hold(tensor.name, math.prod(tensor.shape))
 
-    def _check_apart(self, slots: Mapping[str, _Slot], tensors: Iterable[BaseTensor]) -> None:
+    def _check_apart(self, slots: Mapping[str, Slot], tensors: Iterable[BaseTensor]) -> None:
         """Refuse a base in the model's own memory, which the first switch would overwrite."""
         unchecked = [tensor for tensor in tensors if tensor.name not in self._apart]
         if not unchecked:
             return
-        taken = sorted((*_span(slot.tensor), name) for name, slot in slots.items() if slot.tensor.device.type == "cpu")
+        taken = sorted(
+            (*memory_span(slot.tensor), name) for name, slot in slots.items() if slot.tensor.device.type == "cpu"
+        )
         starts = [start for start, _, _ in taken]
         for tensor in unchecked:
-            for first, last in _chunks(math.prod(tensor.shape)):
-                begin, end = _span(self._base.read(tensor.name, first, last))
+            for first, last in chunk_spans(math.prod(tensor.shape)):
+                begin, end = memory_span(self._base.read(tensor.name, first, last))
                 place = bisect_left(starts, end) - 1
                 if place >= 0 and taken[place][1] > begin:
                     raise OptionError(
@@ -372,7 +374,7 @@ class Switcher:
         """Have memory for the largest of the tensors that are not written to directly."""
         for target in targets:
             have = self._staging.get(target.dtype)
-            if not _is_direct(target) and (have is None or have.numel() < target.numel()):
+            if not is_direct(target) and (have is None or have.numel() < target.numel()):
                 pinned = target.device.type == "cuda"
                 self._staging[target.dtype] = torch.empty(
                     target.numel(), dtype=target.dtype, device="cpu", pin_memory=pinned
@@ -384,30 +386,30 @@ class Switcher:
     def _write(self, writes: Sequence[_Write]) -> None:
         for slot, _ in writes:
             self._holdings.pop(slot.name, None)
-        direct = [(slot.tensor.detach(), content) for slot, content in writes if _is_direct(slot.tensor)]
+        direct = [(slot.tensor.detach(), content) for slot, content in writes if is_direct(slot.tensor)]
         self._fill([(target.view(-1), content) for target, content in direct])
         for slot, content in writes:
             target = slot.tensor.detach()
-            if content is _OWN:
+            if content is OWN:
                 target.copy_(self._own[slot.name])
-            elif not _is_direct(target):
+            elif not is_direct(target):
                 staged = self._staging[target.dtype][: target.numel()]
                 self._fill([(staged, content)])
                 target.copy_(staged.view(target.shape))
         for slot, content in writes:
             slot.count_write()
-            self._holdings[slot.name] = _Holding(content, slot.place, slot.versions)
+            self._holdings[slot.name] = Holding(content, slot.place, slot.versions)
 
-    def _fill(self, destinations: Sequence[tuple[Tensor, _Content]]) -> None:
+    def _fill(self, destinations: Sequence[tuple[Tensor, Content]]) -> None:
         """Write whole tensors to flat, contiguous ones on the CPU; those of the model's own are left out."""
-        experts = {content.task: content.expert for _, content in destinations if isinstance(content, _OfExpert)}
+        experts = {content.task: content.expert for _, content in destinations if isinstance(content, OfExpert)}
         for expert in experts.values():  # one at most: contents are those of one state
-            expert.write({to.name: destination for destination, to in destinations if isinstance(to, _OfExpert)})
+            expert.write({to.name: destination for destination, to in destinations if isinstance(to, OfExpert)})
         jobs: list[parallel.Job] = []
         for destination, content in destinations:
-            if isinstance(content, _OfBase):
-                for start, stop in _chunks(destination.numel()):
-                    job = partial(_copy_base, self._base, content, start, destination[start:stop])
+            if isinstance(content, OfBase):
+                for start, stop in chunk_spans(destination.numel()):
+                    job = partial(copy_base, self._base, content, start, destination[start:stop])
                     if stop - start < _SMALL_NUMEL:
                         job()
                     else:
@@ -419,8 +421,8 @@ class Switcher:
     def _prefetch(self, task: str, names: frozenset[str]) -> None:
         with self._files.keep(task):
             expert = self._expert(task)
-            contents = {name: _OfExpert(task, name, expert) for name in expert.names if name in names}
-            self._hold(_State(task, contents))
+            contents = {name: OfExpert(task, name, expert) for name in expert.names if name in names}
+            self._hold(State(task, contents))
             self._expect(task)
 
     def _expect(self, task: str | None) -> None:
@@ -430,171 +432,6 @@ class Switcher:
         with self._next_lock:
             kept, self._next_kept, self._next = self._next_kept, kept, task
         kept.close()
-
-
-# --- contents, and where they are written ---
-
-
-class _OwnContent:
-    """What the model had before an expert first wrote there."""
-
-
-_OWN: Final = _OwnContent()
-
-
-@dataclass(frozen=True, slots=True)
-class _OfBase:
-    """A tensor of the base, rounded to a dtype."""
-
-    tensor: BaseTensor
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True, slots=True)
-class _OfExpert:
-    """A tensor of an expert."""
-
-    task: str
-    name: str
-    expert: Expert = field(compare=False)
-
-
-_Content: TypeAlias = _OwnContent | _OfBase | _OfExpert
-
-
-@dataclass(frozen=True)
-class _State:
-    """What the model is: a task's expert, or the base; and what every slot holds then."""
-
-    task: str | None
-    contents: Mapping[str, _Content]
-
-    @cached_property
-    def of_expert(self) -> list[_OfExpert]:
-        """Contents that are rebuilt."""
-        return [content for content in self.contents.values() if isinstance(content, _OfExpert)]
-
-    @cached_property
-    def base_tensors(self) -> list[BaseTensor]:
-        """What of the base the contents are made of, each tensor once."""
-        found: dict[str, BaseTensor] = {}
-        for content in self.contents.values():
-            if isinstance(content, _OfBase):
-                found[content.tensor.name] = content.tensor
-            elif isinstance(content, _OfExpert):
-                tensor = content.expert.task.tensor(content.name)
-                if isinstance(tensor, BasedTensor):
-                    found[tensor.base_name] = content.expert.task.base[tensor.base_name]
-        return list(found.values())
-
-
-@dataclass(frozen=True, slots=True)
-class _Slot:
-    """A piece of memory of the model.
-
-    Attributes:
-        names: in its state dict; several for tied tensors.
-        tensors: by these names, each once.
-        place: equal as long as it is the same memory.
-    """
-
-    names: tuple[str, ...]
-    tensors: tuple[Tensor, ...]
-    place: object
-
-    @property
-    def name(self) -> str:
-        """The first of its names."""
-        return self.names[0]
-
-    @property
-    def tensor(self) -> Tensor:
-        """The first of its tensors."""
-        return self.tensors[0]
-
-    @property
-    def is_frozen(self) -> bool:
-        """Whether torch counts all writes to it: not those of fused optimisers, nor of batch norm to its buffers."""
-        return all(isinstance(tensor, nn.Parameter) and not tensor.requires_grad for tensor in self.tensors)
-
-    @property
-    def versions(self) -> tuple[int, ...] | None:
-        """How often torch counted a write; None where it does not count."""
-        if any(tensor.is_inference() for tensor in self.tensors):
-            return None
-        return tuple(tensor._version for tensor in self.tensors)  # noqa: SLF001 - it has no public name
-
-    def count_write(self) -> None:
-        """Let graphs that hold the old values notice, as with any write in place."""
-        for tensor in self.tensors:
-            if not tensor.is_inference():
-                increment_version(tensor)
-
-
-_Write: TypeAlias = tuple[_Slot, _Content]
-
-
-@dataclass(frozen=True, slots=True)
-class _Holding:
-    """What was written, where, and torch's count of writes after that."""
-
-    content: _Content
-    place: object
-    versions: tuple[int, ...] | None
-
-
-def _slots(model: nn.Module) -> dict[str, _Slot]:
-    """The model's memory as it is now, by first names."""
-    tensors = model_tensors(model)
-    slots: dict[str, _Slot] = {}
-    for place, names in by_memory(tensors).items():
-        unique = {id(tensors[name]): tensors[name] for name in names}
-        slots[names[0]] = _Slot(tuple(names), tuple(unique.values()), place)
-    return slots
-
-
-def _check_slot(slot: _Slot) -> None:
-    tensor = slot.tensor
-    if is_lazy(tensor) or tensor.is_meta:
-        raise OptionError(f"tensor {slot.name!r} of the model has no memory; load the model's weights first")
-    if type(tensor.detach()) is not Tensor or tensor.layout != torch.strided or tensor.is_quantized:
-        raise OptionError(
-            f"tensor {slot.name!r} of the model is of type {type(tensor).__name__}, which is not written in place; "
-            "give a model of ordinary tensors"
-        )
-
-
-def _check_mode(slot: _Slot) -> None:
-    if slot.tensor.is_inference() and not torch.is_inference_mode_enabled():
-        raise OptionError(
-            f"tensor {slot.name!r} of the model was made in inference mode; "
-            "make the model outside of it, or switch inside of torch.inference_mode()"
-        )
-
-
-def _is_direct(target: Tensor) -> bool:
-    """Whether weights are rebuilt in the tensor's own memory."""
-    return target.device.type == "cpu" and target.is_contiguous()
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """Addresses of the memory that a tensor's elements are in; its storage, where it is part of one."""
-    storage = tensor.untyped_storage()
-    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-
-
-def _copy_base(base: PinnedBase, content: _OfBase, start: int, destination: Tensor) -> None:
-    """Write a tensor of the base, from element *start* on, which lies in one chunk with all of *destination*."""
-    elements = base.read(content.tensor.name, start, start + destination.numel())
-    if elements.dtype != content.dtype:
-        rounded = torch.empty(destination.numel(), dtype=content.dtype, device="cpu")
-        copy_cast(rounded, elements)
-        elements = rounded
-    copy_cast(destination, elements)
-
-
-def _chunks(numel: int) -> Iterator[tuple[int, int]]:
-    return (chunk_span(numel, index) for index in range(chunk_count(numel)))
 
 
 def _called(task: str | None) -> str:

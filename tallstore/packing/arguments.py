@@ -53,6 +53,10 @@ def shared_dtype(method: Method, merged_dtype: str | None) -> SharedDtype:
     if merged_dtype is None:
         return method.merged_dtype
     dtype = MERGED_DTYPES.get(str(merged_dtype).removeprefix("torch."))
+    if not method.allowed_dtypes:
+        raise OptionError(
+            f"merged_dtype: {method.name} has no one shared vector to store in {merged_dtype!r}; leave it out"
+        )
     if dtype is None or dtype not in method.allowed_dtypes:
         allowed = ", ".join(repr(name) for name, known in MERGED_DTYPES.items() if known in method.allowed_dtypes)
         raise OptionError(f"merged_dtype: {merged_dtype!r} does not go with {method.name}; give one of {allowed}")

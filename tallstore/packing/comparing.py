@@ -14,13 +14,13 @@ import torch
 from tallstore.checkpoints import Checkpoint, CheckpointSource, open_checkpoint
 from tallstore.errors import OptionError
 from tallstore.fit import Auto, Emr, LeastSquares, Localize, Method, Sign, SignedMask, TallMask, Uniform, described
+from tallstore.loading import parallel
 from tallstore.meter import Meter, Progress
 from tallstore.packing.arguments import check_arguments, open_expert, open_merged
 from tallstore.packing.job import Fitting, Job, Options
 from tallstore.packing.packer import Evaluate, pack
 from tallstore.packing.plan import name_experts
 from tallstore.packing.trial import Trials
-from tallstore.packing.workers import workers
 from tallstore.sizes import readable
 
 #: Compared unless others are asked for.
@@ -34,6 +34,7 @@ METHODS: tuple[Method, ...] = (
     LeastSquares(1),
     LeastSquares(2),
     Sign(),
+    Uniform(3, scale="tensor"),
     Uniform(3, threshold=1.0),
     Uniform(4),
     Uniform(8),
@@ -173,7 +174,7 @@ def compare(
         checkpoints = {task: inputs.enter_context(open_expert(task, source)) for task, source in experts.items()}
         named = name_experts(opened_base, checkpoints, key_mapping or {})
         nbytes = sum(expert.nbytes for expert in named)
-        pool = inputs.enter_context(workers())
+        pool = inputs.enter_context(parallel.threads())
         job = Job(opened_base, named, options, meter=Meter(None, [0]), pool=pool)
         trials = Trials(job)
         for number, method in enumerate(chosen):

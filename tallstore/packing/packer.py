@@ -19,6 +19,7 @@ from tallstore.fit import Auto, Method, SignedMask, TallMask, TallMaskFit
 from tallstore.fit.gain import is_number
 from tallstore.format import layout
 from tallstore.format.manifest import SharedDtype
+from tallstore.loading import parallel
 from tallstore.loading.bundle import open_bundle
 from tallstore.meter import Meter, Progress
 from tallstore.packing import assemble, automatic, companions
@@ -27,7 +28,6 @@ from tallstore.packing.calibrating import Calibrate, Calibrator, check_calibrati
 from tallstore.packing.job import Fitting, Job, Options, passes_before
 from tallstore.packing.outcome import PackReport, with_scores
 from tallstore.packing.plan import hints, name_experts
-from tallstore.packing.workers import workers
 
 Evaluate = Callable[[str, dict[str, Tensor]], float]
 
@@ -113,7 +113,7 @@ def pack(
         _check_output(target, [opened_base, *checkpoints.values()], overwrite=overwrite)
         named = name_experts(opened_base, checkpoints, key_mapping or {})
         missed = companions.look_through({task: checkpoint.directory for task, checkpoint in checkpoints.items()})
-        pool = inputs.enter_context(workers())
+        pool = inputs.enter_context(parallel.threads())
         meter = Meter(progress, _phases(method, sum(expert.nbytes for expert in named), calibrate))
         given = open_merged(method, opened_base, inputs)
         job = Job(opened_base, named, options, meter=meter, pool=pool)

@@ -78,7 +78,7 @@ class SampledCheckpoint(Checkpoint):
             name: TensorSpec(whole.spec(name).dtype, samples[name].shape) if name in samples else whole.spec(name)
             for name in whole.names
         }
-        super().__init__(Origin(whole.where, whole.files, whole.directory, whole.hub), specs, whole.aliases)
+        super().__init__(Origin(whole.where), specs, whole.aliases)
         self._whole, self._samples = whole, samples
         self._ends = {
             name: list(accumulate(stop - start for start, stop in sample.pieces)) for name, sample in samples.items()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tallstore.checkpoints import Checkpoint
+from tallstore.files import hash_file
 from tallstore.format.dtypes import chunk_count
+from tallstore.packing.companions import companions, reading
 from tallstore.packing.fidelity import Sums
 from tallstore.packing.group import GroupPacker
 from tallstore.packing.job import Fitting, Job
@@ -18,6 +20,8 @@ from tallstore.packing.plan import Expert
 from tallstore.packing.sampling import SampledCheckpoint, Stride, stride_of
 
 _HASH_NBYTES = 35  # of a chunk of the base, in base.json
+_CARRIED_NBYTES = 120  # of a companion file, in task.json
+_LISTED_NBYTES = 240  # of a file, in the manifest
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Trials:
         self._job = job
         self._strides = {name: stride_of(job.base.spec(name)) for name in job.base.names}
         experts = tuple(_sampled(expert, self._strides) for expert in job.experts)
+        self._companions_nbytes = _companions_nbytes(job.experts)
         self._sampled = job.over(SampledCheckpoint(job.base, self._strides), experts)
 
     def run(self, fitting: Fitting, given: Checkpoint | None = None) -> Trial:
@@ -86,7 +91,7 @@ class Trials:
         """Scale every tensor's part up to its whole; all else of the bundle is the same."""
         base, sampled = self._job.base, self._sampled.base
         found: dict[str, _Sum] = defaultdict(_Sum)
-        rest = float(report.bundle_nbytes)
+        rest = float(report.bundle_nbytes + self._companions_nbytes)
         for name, nbytes in group.vector_nbytes.items():
             rest -= nbytes
             found[name].nbytes += nbytes * _ratio(base, sampled, name)
@@ -106,6 +111,19 @@ class Trials:
         tensors = {name: TensorTrial(of.numel, of.nbytes, of.sums, of.whole_nbytes) for name, of in found.items()}
         coded_nbytes = sum(tensor.nbytes for tensor in tensors.values())
         return Trial(tensors, rest + coded_nbytes + _HASH_NBYTES * chunks)
+
+
+def _companions_nbytes(experts: Sequence[Expert]) -> int:
+    """What companion files take, each content once, and about what the tables say of them: the same in every trial."""
+    sizes: dict[str, int] = {}
+    nbytes = 0
+    for expert in experts:
+        for path in companions(expert.checkpoint.directory).values():
+            with reading(path, expert.where):
+                file = hash_file(path)
+            sizes[file.sha256] = file.size
+            nbytes += _CARRIED_NBYTES
+    return nbytes + sum(sizes.values()) + _LISTED_NBYTES * len(sizes)
 
 
 @dataclass

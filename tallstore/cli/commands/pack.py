@@ -102,7 +102,7 @@ def pack(
         typer.Option(
             metavar="GAIN",
             help="Of all methods but auto: one keeps each expert's full step along its task vector, least-squares makes"
-            " the error smallest, published is the paper's; one unless given, but published for localize.",
+            " the error smallest, published is the paper's; one unless given, but published for emr and localize.",
             rich_help_panel=_METHOD,
             show_default=False,
         ),
