@@ -23,7 +23,8 @@ METHODS = st.one_of(
     st.builds(LeastSquares, st.sampled_from([1, 2]), SCALES, GAINS),
     st.builds(Sign, SCALES, GAINS),
     st.builds(Sign, SCALES, st.sampled_from(["one", "least-squares"]), st.just(value=True)),
-    st.builds(Uniform, st.sampled_from([3, 4, 8, 16]), SCALES, GAINS, st.none(), st.booleans()),
+    st.builds(Uniform, st.just(3), SCALES, GAINS, st.none() | st.floats(0, 2)),
+    st.builds(Uniform, st.sampled_from([4, 8, 16]), SCALES, GAINS, st.none(), st.booleans()),
     st.builds(Localize, st.floats(0.001, 1), st.none(), GAINS, st.sampled_from(["float16", "bfloat16", "float32"])),
 )
 CODED = {"mask", "signed", "two-level", "sign", "sparse", "uniform"}
