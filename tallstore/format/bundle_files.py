@@ -7,12 +7,11 @@ import os
 import stat
 import threading
 import weakref
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Hashable, Mapping
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +25,6 @@ from tallstore.errors import (
     UnknownTensorError,
 )
 from tallstore.format import layout
-from tallstore.format.bits import Bytes
 from tallstore.format.manifest import (
     AliasTensor,
     BaseTable,
@@ -53,15 +51,13 @@ from tallstore.format.payloads import (
     vector_step_of,
 )
 from tallstore.format.r13 import in_range, row_scales
+from tallstore.format.recent import Recent
 from tallstore.format.shard_reader import LocalFile, PayloadReader, ShardReader, Verify
 from tallstore.format.tables import check_base, check_embedded_base, check_group, check_manifest, check_task, refuse
 
 # A process may hold about a thousand files open, a bundle may have more: the ones used last stay open.
 _MAX_OPEN_SHARDS = 64
 _MAX_TABLES = 256
-
-Key = TypeVar("Key", bound=Hashable)
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -144,9 +140,9 @@ class BundleFiles:
         refuse(check_manifest(self.manifest))
         self.files = {file.path: file for file in self.manifest.files}
         self._entries = {task.name: task for task in self.manifest.tasks}
-        self._groups = _Recent[str, Group](_MAX_TABLES)
-        self._tasks = _Recent[str, Task](_MAX_TABLES)
-        self._shards = _Recent[str, ShardReader](_MAX_OPEN_SHARDS)
+        self._groups = Recent[str, Group](_MAX_TABLES)
+        self._tasks = Recent[str, Task](_MAX_TABLES)
+        self._shards = Recent[str, ShardReader](_MAX_OPEN_SHARDS)
 
     @property
     def nbytes_read(self) -> int:
@@ -293,7 +289,7 @@ class BundleFiles:
 
     def _open_shard(self, path: str, shard: Shard) -> ShardReader:
         try:
-            file = _CountedFile(layout.resolve(self.root, path), path, self._nbytes_read)
+            file = LocalFile(layout.resolve(self.root, path), path, self._nbytes_read.add)
         except FileNotFoundError:
             raise self._missing(path) from None
         try:
@@ -356,28 +352,6 @@ def _tensors(table: TaskTable) -> Mapping[str, Whole]:
     }
 
 
-class _Recent(Generic[Key, Item]):
-    """What was made for a key, for the keys that were used last."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._items = OrderedDict[Key, Item]()
-        self._lock = threading.RLock()
-
-    def get(self, key: Key, make: Callable[[], Item]) -> Item:
-        with self._lock:
-            item = self._items[key] if key in self._items else make()
-            self._items[key] = item
-            self._items.move_to_end(key)
-            if len(self._items) > self._limit:
-                self._items.popitem(last=False)
-            return item
-
-    def clear(self) -> None:
-        with self._lock:
-            self._items.clear()
-
-
 class _Count:
     """A number that several threads add to."""
 
@@ -388,19 +362,6 @@ class _Count:
     def add(self, number: int) -> None:
         with self._lock:
             self.total += number
-
-
-class _CountedFile(LocalFile):
-    """A file whose bytes are counted with its bundle's."""
-
-    def __init__(self, path: Path, where: str, count: _Count) -> None:
-        super().__init__(path, where)
-        self._count = count
-
-    def read(self, start: int, stop: int) -> Bytes:
-        read = super().read(start, stop)
-        self._count.add(read.size)
-        return read
 
 
 def _is_regular(path: Path) -> bool:

@@ -42,8 +42,15 @@ Verify = Literal["first-read", "never", "always"]
 class LocalFile:
     """Ranges of a file on disk, and a count of the bytes that were read."""
 
-    def __init__(self, path: Path, where: str) -> None:
-        self.where = where
+    def __init__(self, path: Path, where: str, tell: Callable[[int], object] | None = None) -> None:
+        """Open it.
+
+        Args:
+            path: the file.
+            where: what messages call it.
+            tell: is told the bytes of each read, by whatever thread reads.
+        """
+        self.where, self._tell = where, tell
         self._file = path.open("rb", buffering=0)
         self.nbytes = os.fstat(self._file.fileno()).st_size
         self.nbytes_read = 0
@@ -64,6 +71,8 @@ class LocalFile:
             done += count
         with self._lock:
             self.nbytes_read += done
+        if self._tell is not None:
+            self._tell(done)
         return buffer
 
     def _read_at(self, offset: int, buffer: memoryview) -> int:

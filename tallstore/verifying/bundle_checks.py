@@ -29,11 +29,11 @@ from tallstore.format.manifest import (
 )
 from tallstore.format.parsing import MAX_JSON_NBYTES, Table, is_newer_minor, own_sha256, parse, parse_manifest
 from tallstore.format.payloads import BaseTensors, Vectors, base_tensors, group_payloads, group_vectors, task_payloads
+from tallstore.format.shard_reader import LocalFile
 from tallstore.format.tables import check_base, check_embedded_base, check_group, check_manifest, check_task
 from tallstore.meter import Meter, Progress
 from tallstore.verifying.base_checks import check_base_files
 from tallstore.verifying.findings import Problems, attempt, unreadable
-from tallstore.verifying.metered_file import MeteredFile
 from tallstore.verifying.shard_checks import OwnedShards, check_scales, check_shards
 
 _COMPANIONS = "files"
@@ -106,9 +106,9 @@ class _Bundle:
     referred: set[str] = field(default_factory=set)
     unread: set[str] = field(default_factory=set)
 
-    def open_file(self, place: Path, where: str) -> MeteredFile:
+    def open_file(self, place: Path, where: str) -> LocalFile:
         """One of *places*, to be read."""
-        return MeteredFile(place, where, meter=self.meter)
+        return LocalFile(place, where, self.meter.advance)
 
 
 def _check(root: Path, progress: Progress | None) -> Problems:
