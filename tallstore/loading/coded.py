@@ -27,8 +27,8 @@ from tallstore.loading.sides import (
     SignedSides,
     SparseSides,
     TwoLevelSides,
-    as_float32,
     set_positions,
+    values_as_float32,
 )
 
 #: The sides of elements [start, stop) of the flat tensor, which lie in one chunk.
@@ -88,7 +88,7 @@ class _SparseBits:
         if self.values is not None and first < last:
             for index in range(first // CHUNK_NUMEL, (last - 1) // CHUNK_NUMEL + 1):
                 begin = index * CHUNK_NUMEL
-                chunk = as_float32(self.values.chunk(index), self.dtype)
+                chunk = values_as_float32(self.values.chunk(index), self.dtype)
                 pieces.append(chunk[max(0, first - begin) : last - begin])
         return np.concatenate(pieces)
 

@@ -166,7 +166,7 @@ class _Consensus:
         def read(start: int, stop: int) -> Tensor:
             first = start % CHUNK_NUMEL
             chunk = SharedChunk(values.chunk(start // CHUNK_NUMEL), vector.dtype, rows)
-            return chunk.tile(first, first + stop - start, start)
+            return chunk.everywhere(first, first + stop - start, start)
 
         return read
 

@@ -17,21 +17,21 @@ import torch
 from torch import Tensor
 
 from tallstore.format.dtypes import CHUNK_NUMEL
-from tallstore.loading.sides import SharedChunk, Sides
+from tallstore.loading.scratch import scratch
+from tallstore.loading.sides import SharedChunk, Sides, Tile, as_float32, delta
 
 _TILE_NUMEL: Final = 1 << 18  # what fits the caches, and makes the cost of a call small
 _SERIAL_NUMEL: Final = 1 << 15  # torch works on that many elements without its other threads
-_INTEGERS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SMALLEST_NORMAL: Final = sys.float_info.min
 
 
 def rebuild(destination: Tensor, base: Tensor, sides: Sides, centre: SharedChunk | None, start: int) -> None:
     """Write elements [start, start + n) of a coded tensor, which lie in one chunk, to *destination*.
 
-    Cost: a few tiles of scratch memory; the elements are read and written once.
+    Cost: a few tiles of scratch memory, which the thread keeps; the elements are read and written once.
 
     Args:
-        destination: [n], of the result's dtype.
+        destination: [n], of the result's dtype; not in the memory of *base*.
         base: [n], float16, bfloat16, float32 or float64; read only.
         sides: of the chunk that the elements lie in.
         centre: of that chunk; None where the tensor has none.
@@ -42,8 +42,22 @@ def rebuild(destination: Tensor, base: Tensor, sides: Sides, centre: SharedChunk
         for first in range(0, base.numel(), tile_numel):
             last = min(first + tile_numel, base.numel())
             place = (offset + first, offset + last, start + first)
-            moved = None if centre is None else centre.tile(*place)
-            _add(destination[first:last], base[first:last], sides.delta(*place), moved)
+            here, before = destination[first:last], base[first:last]
+            simple = centre is None and sides.keep_zeros and base.dtype != torch.float64
+            if not simple or not _add(here, before, sides.tile(*place), start + first):
+                moved = None if centre is None else centre.everywhere(*place)
+                _add_selected(here, before, delta(sides.tile(*place), start + first), moved)
+
+
+def deltas(sides: Sides, start: int, stop: int) -> Tensor:
+    """What is added to elements [start, stop) of a coded tensor, which lie in one chunk: float32 [stop - start]."""
+    found = torch.empty(stop - start, dtype=torch.float32, device="cpu")
+    offset = start % CHUNK_NUMEL
+    with _ieee_arithmetic(found.numel()) as tile_numel:
+        for first in range(0, found.numel(), tile_numel):
+            last = min(first + tile_numel, found.numel())
+            found[first:last] = delta(sides.tile(offset + first, offset + last, start + first), start + first)
+    return found
 
 
 def copy_cast(destination: Tensor, source: Tensor) -> None:
@@ -56,33 +70,36 @@ def copy_cast(destination: Tensor, source: Tensor) -> None:
             destination[first : first + tile_numel].copy_(_cast(source[first : first + tile_numel], destination.dtype))
 
 
-def _add(destination: Tensor, base: Tensor, delta: Tensor, centre: Tensor | None) -> None:
+def _add(destination: Tensor, base: Tensor, tile: Tile, start: int) -> bool:
+    """Write base + delta; False where the base has something that no sum keeps, and must be selected.
+
+    Zeros of the deltas are negative and keep every number of the base as it is, but not every NaN.
+    """
+    direct = destination.dtype == torch.float32
+    total = destination if direct else scratch.tensor("total", base.numel(), torch.float32)
+    if base.dtype != torch.float32:
+        base = as_float32(base, "base")  # faster than a sum of two dtypes
+    if tile.scales is None or not tile.is_exact:
+        torch.add(base, delta(tile, start), out=total)
+    else:
+        tile.scales.add_product(total, base, tile.turned, start)
+    if not math.isfinite(total.sum().item()):
+        return False
+    if not direct:
+        destination.copy_(total)
+    return True
+
+
+def _add_selected(destination: Tensor, base: Tensor, delta: Tensor, centre: Tensor | None) -> None:
     """Write base + centre + delta, and the base alone where delta is 0.
 
     Each sum is rounded to float32, over a float64 base to float64; the last one is cast.
     """
-    moved = base
-    if centre is not None:  # a centre is finite: times 0, it is nothing
-        moved = torch.add(base, centre.mul_(torch.ne(delta, 0, out=torch.empty_like(delta))))
-    if destination.dtype == torch.promote_types(base.dtype, torch.float32):
-        total = torch.add(moved, delta, out=destination)
-    else:
-        wide = torch.promote_types(base.dtype, torch.float32)
-        total = torch.add(moved.to(wide), delta)  # faster than a sum of two dtypes
-        destination.copy_(_cast(total, destination.dtype))
-    if _zeros_may_count(base, total):
-        kept = delta == 0
-        torch.where(kept, _cast(base, destination.dtype), destination, out=destination)
-
-
-def _zeros_may_count(base: Tensor, total: Tensor) -> bool:
-    """Whether adding +0.0 may have changed bits: it makes -0.0 positive, and NaNs quiet.
-
-    Both are rare, and selecting elements costs several times what adding does. -0.0 is the smallest of the integers
-    that have the elements' bits; a sum over a NaN is NaN.
-    """
-    patterns = base.view(_INTEGERS[base.element_size()])
-    return bool(patterns.amin() == torch.iinfo(patterns.dtype).min) or not math.isfinite(total.sum().item())
+    kept = delta == 0
+    wide = base.to(torch.promote_types(base.dtype, torch.float32))
+    moved = wide if centre is None else wide + centre
+    total = _cast(moved + delta, destination.dtype)
+    torch.where(kept, _cast(base, destination.dtype), total, out=destination)
 
 
 def _cast(elements: Tensor, dtype: torch.dtype) -> Tensor:

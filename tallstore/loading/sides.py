@@ -1,13 +1,18 @@
-"""Bits and fields to what is added to the base: the sides that a task chose, scaled, tile by tile on the CPU.
+"""Bits and fields to what is added to the base: the sides that a task chose, and their scales, tile by tile on the CPU.
 
-One class a way of choosing; all give float32 tiles, in which 0 stands for a side that is absent. They count on the
-caller that flushing of subnormal numbers is off.
+One class a way of choosing. A tile is in the thread's scratch memory. They count on the caller that flushing of
+subnormal numbers is off.
+
+Numbers are kept with their signs turned: values times minus one, scales times minus one. Their product is the same, and
+it is -0.0 where a side is absent: added to any number, -0.0 changes no bit, while +0.0 makes a -0.0 positive.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from functools import cached_property
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,13 +23,28 @@ from tallstore.format import bits
 from tallstore.format.bits import Bytes
 from tallstore.format.encodings import LOG4_VALUES, SIGNED_VALUES
 from tallstore.format.manifest import SharedDtype
+from tallstore.loading.looking_up import look_up
+from tallstore.loading.scratch import scratch
 
-_ALIGNED: Final = 8  # elements of 1, 2 and 4 bits begin a byte there
-_FLOAT32: Final = np.dtype(np.float32)
 _VIEWS: Final = {"I8": torch.int8, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+_TURNED_SIGNS: Final = tuple(-sign for sign in SIGNED_VALUES)
 
 
-@dataclass(frozen=True, slots=True)
+class Run(NamedTuple):
+    """Elements [first, last) of a tile that are whole rows, or a part of one, and what they are multiplied by.
+
+    Attributes:
+        factor: of a part of a row.
+        factors: float32 [rows, 1] of whole rows; None for a part.
+    """
+
+    first: int
+    last: int
+    factor: float
+    factors: Tensor | None
+
+
+@dataclass(frozen=True)
 class RowScales:
     """The scales of a tensor's rows.
 
@@ -36,40 +56,89 @@ class RowScales:
     scales: NDArray[np.float32]
     row_length: int
 
-    def multiply(self, elements: Tensor, start: int) -> None:
-        """Multiply *elements*, those from *start* on of the flat tensor, by their rows' scales, in place."""
+    @cached_property
+    def are_positive(self) -> bool:
+        """Whether zeros times a turned scale are -0.0."""
+        return bool(self.scales.min(initial=1) > 0)
+
+    @cached_property
+    def _turned(self) -> Tensor:
+        return torch.from_numpy(np.negative(self.scales))
+
+    def runs(self, start: int, count: int) -> Iterator[Run]:
+        """Elements [start, start + count) of the flat tensor by rows, under turned scales."""
         if self.scales.size == 1:
-            elements.mul_(float(self.scales[0]))
+            yield Run(0, count, -float(self.scales[0]), None)
             return
         done = 0
-        while done < elements.numel():
+        while done < count:
             row, inside = divmod(start + done, self.row_length)
-            left = elements.numel() - done
-            whole = 0 if inside else left // self.row_length
+            whole = 0 if inside else (count - done) // self.row_length
             if whole:
-                rows = elements[done : done + whole * self.row_length].view(whole, self.row_length)
-                rows.mul_(_tensor(self.scales[row : row + whole]).view(whole, 1))
-                done += whole * self.row_length
+                last = done + whole * self.row_length
+                yield Run(done, last, 0.0, self._turned[row : row + whole].view(whole, 1))
             else:  # a row's end at the beginning, a row's beginning at the end
-                part = min(left, self.row_length - inside)
-                elements[done : done + part].mul_(float(self.scales[row]))
-                done += part
+                last = min(count, done + self.row_length - inside)
+                yield Run(done, last, -float(self.scales[row]), None)
+            done = last
+
+    def multiply(self, elements: Tensor, start: int) -> None:
+        """Multiply *elements*, those from *start* on of the flat tensor, by their rows' turned scales, in place."""
+        for first, last, factor, factors in self.runs(start, elements.numel()):
+            part = elements[first:last]
+            if factors is None:
+                part.mul_(factor)
+            else:
+                part.view(factors.numel(), -1).mul_(factors)
+
+    def add_product(self, destination: Tensor, base: Tensor, elements: Tensor, start: int) -> None:
+        """Write *base* + turned scale times *elements*: for products that float32 holds exactly, all [n] float32."""
+        for first, last, factor, factors in self.runs(start, elements.numel()):
+            here, before, part = destination[first:last], base[first:last], elements[first:last]
+            if factors is None:
+                torch.add(before, part, alpha=factor, out=here)
+            else:
+                shape = (factors.numel(), -1)
+                torch.addcmul(before.view(shape), part.view(shape), factors, out=here.view(shape))
+
+
+class Tile(NamedTuple):
+    """What is added to a tile of the base.
+
+    Attributes:
+        turned: float32 [n], in scratch memory; its zeros are +0.0. Minus the values, or the deltas if *scales* is None,
+            whose zeros are -0.0 then.
+        scales: of the tensor's rows.
+        is_exact: float32 holds every product of the two.
+    """
+
+    turned: Tensor
+    scales: RowScales | None
+    is_exact: bool = True
 
 
 class Sides(Protocol):
     """What a task chose for the elements of one chunk of a tensor."""
 
-    def delta(self, first: int, last: int, start: int) -> Tensor:
-        """Scale times value of elements [first, last) of the chunk, rounded to float32; 0 where the side is absent.
+    @property
+    def keep_zeros(self) -> bool:
+        """Whether deltas of 0 leave -0.0 in the base as it is; if not, they must be looked for."""
+
+    def tile(self, first: int, last: int, start: int) -> Tile:
+        """Elements [first, last) of the chunk.
 
         Args:
             first: in the chunk.
             last: behind the last element, in the chunk.
             start: where *first* is in the flat tensor.
-
-        Returns:
-            float32 [last - first], in new memory.
         """
+
+
+def delta(tile: Tile, start: int) -> Tensor:
+    """Scale times value, rounded to float32, 0 where a side is absent: [n], in place of the tile."""
+    if tile.scales is not None:
+        tile.scales.multiply(tile.turned, start)
+    return tile.turned
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,30 +155,35 @@ class SharedChunk:
     dtype: SharedDtype
     scales: RowScales
 
-    def tile(self, first: int, last: int, start: int) -> Tensor:
-        """Scale times value, everywhere; arguments and result as for `Sides.delta`."""
-        elements = self._unscaled(first, last)
+    @property
+    def keep_zeros(self) -> bool:
+        """As `Sides.keep_zeros`."""
+        return self.scales.are_positive
+
+    def everywhere(self, first: int, last: int, start: int) -> Tensor:
+        """Scale times value, rounded to float32, in memory of its own; arguments as for `Sides.tile`."""
+        elements = torch.neg(self._values(first, last))
         self.scales.multiply(elements, start)
         return elements
 
-    def chosen(self, signs: NDArray[Any], first: int, last: int, start: int) -> Tensor:
-        """Scale times sign times value; *signs* are 0, 1 or -1, in integers; the rest as for `Sides.delta`."""
+    def chosen(self, turned_signs: Tensor, first: int, last: int) -> Tile:
+        """The values under *turned_signs*, int8 [n]: 0, 1 or -1."""
         if self.dtype == "I8":  # codes have no -128: one byte holds every product
-            chosen = np.multiply(self.values[first:last].view(np.int8), signs.view(np.int8))
-            elements = _tensor(chosen).to(torch.float32)
-        else:
-            elements = self._unscaled(first, last)
-            np.multiply(elements.numpy(), signs, out=elements.numpy())  # exact
-        self.scales.multiply(elements, start)
-        return elements
+            codes = scratch.tensor("codes", last - first, torch.int8)
+            np.multiply(self.values[first:last].view(np.int8), turned_signs.numpy(), out=codes.numpy())
+            return Tile(as_float32(codes, "elements"), self.scales)
+        values = self._values(first, last).mul_(as_float32(turned_signs, "signs"))
+        if self.dtype != "LOG4":
+            values.add_(0.0)  # the zeros of negative values are -0.0
+        return Tile(values, self.scales, self.dtype != "F32")
 
-    def _unscaled(self, first: int, last: int) -> Tensor:
-        """float32, in new memory."""
+    def _values(self, first: int, last: int) -> Tensor:
+        """float32, in scratch memory."""
         if self.dtype == "LOG4":
-            return _tensor(_looked_up(self.values, first, last, 4, LOG4_VALUES))
+            return look_up(self.values, first, last, width=4, values=LOG4_VALUES, dtype=torch.float32)
         width = _VIEWS[self.dtype].itemsize
-        stored = _tensor(self.values[first * width : last * width]).view(_VIEWS[self.dtype])
-        return torch.empty(last - first, dtype=torch.float32, device="cpu").copy_(stored)
+        stored = _tensor(self.values[first * width : last * width])
+        return as_float32(stored.view(_VIEWS[self.dtype]), "elements")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +193,14 @@ class MaskSides:
     bits: Bytes
     merged: SharedChunk
 
-    def delta(self, first: int, last: int, start: int) -> Tensor:
-        """As `Sides.delta`."""
-        return self.merged.chosen(_unpacked(self.bits, first, last), first, last, start)
+    @property
+    def keep_zeros(self) -> bool:
+        """As `Sides.keep_zeros`."""
+        return self.merged.keep_zeros
+
+    def tile(self, first: int, last: int, _start: int) -> Tile:
+        """As `Sides.tile`."""
+        return self.merged.chosen(_turned_bits(self.bits, first, last), first, last)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +210,15 @@ class SignedSides:
     fields: Bytes
     merged: SharedChunk
 
-    def delta(self, first: int, last: int, start: int) -> Tensor:
-        """As `Sides.delta`."""
-        signs = _looked_up(self.fields, first, last, 2, SIGNED_VALUES, dtype=np.dtype(np.int8))
-        return self.merged.chosen(signs, first, last, start)
+    @property
+    def keep_zeros(self) -> bool:
+        """As `Sides.keep_zeros`."""
+        return self.merged.keep_zeros
+
+    def tile(self, first: int, last: int, _start: int) -> Tile:
+        """As `Sides.tile`."""
+        turned = look_up(self.fields, first, last, width=2, values=_TURNED_SIGNS, dtype=torch.int8)
+        return self.merged.chosen(turned, first, last)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,34 +229,46 @@ class TwoLevelSides:
     merged: SharedChunk
     merged_lo: SharedChunk
 
-    def delta(self, first: int, last: int, start: int) -> Tensor:
-        """As `Sides.delta`."""
-        upper = _unpacked(self.bits, first, last)
-        delta = self.merged.chosen(upper, first, last, start)
-        return delta.add_(self.merged_lo.chosen(upper ^ 1, first, last, start))  # one of the two is 0: exact
+    @property
+    def keep_zeros(self) -> bool:
+        """As `Sides.keep_zeros`."""
+        return self.merged.keep_zeros and self.merged_lo.keep_zeros
+
+    def tile(self, first: int, last: int, start: int) -> Tile:
+        """As `Sides.tile`."""
+        upper = _turned_bits(self.bits, first, last)
+        chosen = scratch.tensor("upper", last - first, torch.float32)
+        chosen.copy_(delta(self.merged.chosen(upper, first, last), start))
+        lower = torch.bitwise_not(upper, out=upper)  # of 0 and -1
+        chosen += delta(self.merged_lo.chosen(lower, first, last), start)  # one of the two is 0: exact
+        return Tile(chosen, None)
 
 
-@dataclass(frozen=True, slots=True)
 class LevelSides:
-    """Numbers that the codes themselves stand for.
+    """Numbers that the codes themselves stand for."""
 
-    Attributes:
-        codes: bits or fields.
-        width: bits a code.
-        values: what each code stands for.
-        scales: of the tensor's rows.
-    """
+    def __init__(self, codes: Bytes, width: int, levels: tuple[float, ...], scales: RowScales) -> None:
+        """Take the codes of a chunk.
 
-    codes: Bytes
-    width: int
-    values: tuple[float, ...]
-    scales: RowScales
+        Args:
+            codes: bits or fields.
+            width: bits a code.
+            levels: what each code stands for: multiples of 1/2 up to 63.
+            scales: of the tensor's rows.
+        """
+        self._codes, self._width = codes, width
+        self._turned = tuple(-2 * level for level in levels)  # whole numbers, at half the scale: the same products
+        self._scales = RowScales(scales.scales * np.float32(0.5), scales.row_length)
 
-    def delta(self, first: int, last: int, start: int) -> Tensor:
-        """As `Sides.delta`."""
-        delta = _tensor(_looked_up(self.codes, first, last, self.width, self.values))
-        self.scales.multiply(delta, start)
-        return delta
+    @property
+    def keep_zeros(self) -> bool:
+        """As `Sides.keep_zeros`."""
+        return self._scales.are_positive
+
+    def tile(self, first: int, last: int, _start: int) -> Tile:
+        """As `Sides.tile`."""
+        codes = look_up(self._codes, first, last, width=self._width, values=self._turned, dtype=torch.int8)
+        return Tile(as_float32(codes, "elements"), self._scales)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,14 +286,17 @@ class SparseSides:
     values: NDArray[np.float32]
     scales: RowScales
 
-    def delta(self, first: int, last: int, start: int) -> Tensor:
-        """As `Sides.delta`."""
+    @property
+    def keep_zeros(self) -> bool:
+        """As `Sides.keep_zeros`."""
+        return self.scales.are_positive
+
+    def tile(self, first: int, last: int, _start: int) -> Tile:
+        """As `Sides.tile`."""
         low, high = np.searchsorted(self.positions, (first, last))
-        delta = np.zeros(last - first, np.float32)
-        delta[self.positions[low:high] - first] = self.values[low:high]
-        scaled = _tensor(delta)
-        self.scales.multiply(scaled, start)
-        return scaled
+        turned = scratch.tensor("elements", last - first, torch.float32).zero_()
+        turned.numpy()[self.positions[low:high] - first] = 0.0 - self.values[low:high]
+        return Tile(turned, self.scales, is_exact=False)
 
 
 def set_positions(packed: Bytes, first: int, last: int) -> tuple[int, NDArray[np.intp]]:
@@ -210,25 +309,22 @@ def set_positions(packed: Bytes, first: int, last: int) -> tuple[int, NDArray[np
     return int(np.count_nonzero(unpacked[:first])), np.flatnonzero(unpacked[first:]) + first
 
 
-def as_float32(values: Bytes, dtype: SharedDtype) -> NDArray[np.float32]:
+def values_as_float32(values: Bytes, dtype: SharedDtype) -> NDArray[np.float32]:
     """*values* of a floating-point *dtype* in float32, which holds them exactly."""
     return _tensor(values).view(_VIEWS[dtype]).to(torch.float32).numpy()
 
 
-def _unpacked(packed: Bytes, first: int, last: int) -> Bytes:
-    """Bits [first, last) of *packed*, one a byte."""
-    begin = first // _ALIGNED * _ALIGNED
-    count = last - begin
-    packed = packed[begin // 8 :][: bits.packed_nbytes(count, 1)]
-    return np.unpackbits(packed, count=count, bitorder="little")[first - begin :]
+def as_float32(elements: Tensor, name: str) -> Tensor:
+    """*elements* in float32, which holds them exactly, in the scratch memory of that name."""
+    return scratch.tensor(name, elements.numel(), torch.float32).copy_(elements)
 
 
-def _looked_up(
-    packed: Bytes, first: int, last: int, width: int, values: tuple[float, ...], *, dtype: np.dtype[Any] = _FLOAT32
-) -> NDArray[Any]:
-    """What codes [first, last) of *packed* stand for."""
-    begin = first // _ALIGNED * _ALIGNED
-    return bits.look_up(packed[begin * width // 8 :], last - begin, width, values, dtype)[first - begin :]
+def _turned_bits(packed: Bytes, first: int, last: int) -> Tensor:
+    """Bits [first, last) of *packed*: int8 [last - first], -1 where one is set."""
+    begin = first // 8 * 8
+    packed = packed[begin // 8 : bits.packed_nbytes(last, 1)]
+    unpacked = np.unpackbits(packed, count=last - begin, bitorder="little")[first - begin :].view(np.int8)
+    return torch.from_numpy(np.negative(unpacked, out=unpacked))
 
 
 def _tensor(array: NDArray[np.generic]) -> Tensor:

@@ -21,6 +21,7 @@ from tallstore.format.manifest import Sparse, Whole
 from tallstore.format.payloads import Coded, coded_part
 from tallstore.inspecting.lineage import Lineage
 from tallstore.loading.coded import open_sides
+from tallstore.loading.decode import deltas
 from tallstore.loading.merging import Elements, Merging
 from tallstore.loading.sides import SparseSides
 
@@ -84,7 +85,7 @@ def _sparse(merging: Merging, task: Task, coded: Coded) -> _Claimed:
             sides, first = (held or open_sides(merging.files, task, coded))(start, last), start % CHUNK_NUMEL
             if not isinstance(sides, SparseSides):
                 raise AssertionError("a sparse tensor with other sides")
-            vector[: last - start] = sides.delta(first, first + last - start, start)
+            vector[: last - start] = deltas(sides, start, last)
             mask[torch.from_numpy(sides.positions - first)] = True
         return vector, mask
 

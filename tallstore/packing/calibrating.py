@@ -23,6 +23,7 @@ from tallstore.format.bundle_files import BundleFiles, Task
 from tallstore.format.dtypes import CHUNK_NUMEL
 from tallstore.format.payloads import Coded, coded_part
 from tallstore.loading.coded import open_coded
+from tallstore.loading.decode import deltas
 from tallstore.loading.expert import Expert
 from tallstore.loading.pinned_base import PinnedBase
 from tallstore.meter import Meter
@@ -129,12 +130,13 @@ def _adjustable(expert: Expert, coded: Coded, bundle: BundleFiles, base: PinnedB
     origins, moves = [], []
     for start in range(0, coded.numel, CHUNK_NUMEL):
         stop = min(start + CHUNK_NUMEL, coded.numel)
-        place = (0, stop - start, start)
-        move = elements.sides(start, stop).delta(*place)
+        move = deltas(elements.sides(start, stop), start, stop)
         own = base.read(coded.base_name, start, stop)
         origin = own if own.dtype is torch.float64 else own.float()
         if elements.centre is not None:
-            origin = torch.where(move == 0, origin, origin + elements.centre.chunk(start).tile(*place))
+            origin = torch.where(
+                move == 0, origin, origin + elements.centre.chunk(start).everywhere(0, stop - start, start)
+            )
         origins.append(origin)
         moves.append(move)
     whole = expert.task.tensor(coded.name)
