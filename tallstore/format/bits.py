@@ -13,9 +13,6 @@ from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
 
-_PAIRED_NBYTES = 1 << 13  # packed bytes from which on a table of pairs is worth what it takes to fill the cache with it
-_LARGEST_ITEM = 8  # bytes an entry of such a table: 65,536 of them leave room in a core's cache
-
 # One packed byte holds as many fields as this word has bytes.
 _WORDS: dict[int, np.dtype[Any]] = {2: np.dtype("<u4"), 4: np.dtype("<u2")}
 
@@ -45,46 +42,17 @@ def unpack(packed: Bytes, numel: int, width: int) -> Bytes:
     """The *numel* codes of *packed*, one a byte. The inverse of `pack`."""
     if width == 1:
         return np.unpackbits(packed, count=numel, bitorder="little")
-    return look_up(packed, numel, width, tuple(range(1 << width)), np.dtype(np.uint8))
-
-
-def look_up(packed: Bytes, numel: int, width: int, values: tuple[float, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """The value of each code: ``values[code]`` as *dtype*, by one table look-up for two packed bytes, or one.
-
-    Returns:
-        a 1-D array of *numel* elements, in memory of its own.
-    """
-    packed = packed[: packed_nbytes(numel, width)]
-    per_byte = 8 // width
-    looked_up = np.empty(packed.size * per_byte, dtype)
-    done = 0
-    # No index is out of range. Where numpy is to look for one, it does so in a copy of the result.
-    if packed.size >= _PAIRED_NBYTES and 2 * per_byte * dtype.itemsize <= _LARGEST_ITEM:
-        pairs, done = _pair_table(width, values, dtype), packed.size // 2 * 2
-        pairs.take(packed[:done].view("<u2"), out=looked_up[: done * per_byte].view(pairs.dtype), mode="clip")
-    if done < packed.size:
-        table = _byte_table(width, values, dtype)
-        table.take(packed[done:], out=looked_up[done * per_byte :].view(table.dtype), mode="clip")
-    return looked_up[:numel]
+    codes: Bytes = _codes_of_byte(width)[packed[: packed_nbytes(numel, width)]].reshape(-1)[:numel]
+    return codes
 
 
 @cache
-def _byte_table(width: int, values: tuple[float, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """For each of the 256 bytes, the values of its fields side by side, as one item."""
-    per_byte = 8 // width
-    byte = np.arange(256)[:, None]
-    codes = (byte >> (np.arange(per_byte) * width)) & ((1 << width) - 1)
-    fields = np.ascontiguousarray(np.asarray(values, dtype)[codes])
-    return fields.view(f"V{per_byte * dtype.itemsize}").reshape(256)
-
-
-@cache
-def _pair_table(width: int, values: tuple[float, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """The same for each two bytes as a little-endian number."""
-    fields = _byte_table(width, values, dtype)
-    pairs = np.empty((256, 256, 2), fields.dtype)
-    pairs[:, :, 0], pairs[:, :, 1] = fields[None, :], fields[:, None]
-    return pairs.view(f"V{2 * fields.itemsize}").reshape(-1)
+def _codes_of_byte(width: int) -> Bytes:
+    """The codes in each of the 256 bytes: [256, 8 / width]."""
+    byte = np.arange(256, dtype=np.uint8)[:, None]
+    shifts = np.arange(0, 8, width, dtype=np.uint8)
+    codes: Bytes = (byte >> shifts) & np.uint8((1 << width) - 1)
+    return codes
 
 
 def padding_is_zero(packed: Bytes, numel: int, width: int) -> bool:

@@ -22,7 +22,7 @@ _DTYPES: Final[dict[torch.dtype, type[np.generic]]] = {torch.int8: np.int8, torc
 def look_up(
     packed: Bytes, first: int, last: int, *, width: int, values: tuple[float, ...], dtype: torch.dtype
 ) -> Tensor:
-    """``values[code]`` for codes [first, last) of *packed*, as *dtype*: int8 or float32.
+    """``values[code]`` for codes [first, last) of *packed*, as *dtype*: int8, or float32 of 4-bit fields.
 
     Args:
         packed: fields of *width* bits (1, 2 or 4), least significant first.

@@ -46,18 +46,6 @@ def test_one_sequence_of_codes_has_one_encoding(width, data):
     assert bits.padding_is_zero(packed, numel, width) == (again.tobytes() == packed.tobytes())
 
 
-@pytest.mark.parametrize("width", [2, 4])
-@pytest.mark.parametrize("dtype", ["i1", "f2", "f4", "f8"])
-@given(data=st.data())
-def test_look_up_is_unpacking_and_then_indexing(width, dtype, data):
-    codes = data.draw(codes_of(width))
-    values = tuple(data.draw(st.permutations(range(1 << width))))
-    expected = np.asarray(values, dtype)[codes]
-    np.testing.assert_array_equal(
-        bits.look_up(bits.pack(codes, width), codes.size, width, values, np.dtype(dtype)), expected
-    )
-
-
 @given(codes_of(2))
 def test_has_code_three_is_true_where_a_code_is_three(codes):
     assert bits.has_code_three(bits.pack(codes, 2)) == bool(np.any(codes == 3))

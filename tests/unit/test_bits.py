@@ -1,4 +1,4 @@
-"""Packed fields: the order of their bits, their padding, and look-up tables."""
+"""Packed fields: the order of their bits, and their padding."""
 
 from __future__ import annotations
 
@@ -52,23 +52,6 @@ def test_packing_leaves_its_input_alone():
     codes = as_bytes(3, 2, 1, 0)
     bits.pack(codes, 2)
     assert codes.tolist() == [3, 2, 1, 0]
-
-
-@pytest.mark.parametrize("width", [1, 2, 4])
-@pytest.mark.parametrize("dtype", ["i1", "u1", "f2", "i2", "f4", "f8"])
-def test_look_up_gives_the_value_of_every_field_of_every_byte(width, dtype):
-    values = tuple(range(-3, (1 << width) - 3)) if dtype[0] != "u" else tuple(range(1 << width))
-    packed = np.arange(256, dtype=np.uint8)
-    numel = 256 * 8 // width
-    naive = [values[byte >> (field * width) & ((1 << width) - 1)] for byte in range(256) for field in range(8 // width)]
-    looked_up = bits.look_up(packed, numel, width, values, np.dtype(dtype))
-    assert looked_up.dtype == np.dtype(dtype)
-    assert looked_up.tolist() == naive
-
-
-@pytest.mark.parametrize("width", [2, 4])
-def test_look_up_of_nothing_is_empty(width):
-    assert bits.look_up(as_bytes(), 0, width, tuple(range(1 << width)), np.dtype("f4")).shape == (0,)
 
 
 @pytest.mark.parametrize(
