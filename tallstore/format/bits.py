@@ -65,9 +65,9 @@ def has_code_three(packed: Bytes) -> bool:
     """Whether any 2-bit field of *packed* is 3, which not every 2-bit encoding uses."""
     whole = packed.size // 8 * 8
     words = packed[:whole].view(np.uint64)  # processors shift words several at a time, and bytes one by one
-    pairs = words & (words >> np.uint64(1)) & np.uint64(0x5555_5555_5555_5555)
+    both = int(np.bitwise_or.reduce(words & (words >> np.uint64(1)))) & 0x5555_5555_5555_5555
     rest = packed[whole:]
-    return bool(pairs.max(initial=0)) or bool(np.any(rest & (rest >> np.uint8(1)) & np.uint8(0x55)))
+    return both != 0 or bool(np.any(rest & (rest >> np.uint8(1)) & np.uint8(0x55)))
 
 
 def has_code_above_seven(packed: Bytes) -> bool:
