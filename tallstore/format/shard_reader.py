@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Literal
@@ -256,16 +256,20 @@ class ShardReader:
 
     def pool_bytes(self, start: int, stop: int) -> Bytes:
         """Bytes [start, stop) of the decoded pool, in memory of their own; reads the chunks that they lie in."""
-        pool = self._shard.pool
-        if pool is None:
-            raise FormatError("TAB-6", self.where, "has no pool")
-        reader = self._stored(POOL_KEY, pool.codec, pool.at, POOL, pool.nbytes)
         first, last = start // CHUNK_NUMEL, -(-stop // CHUNK_NUMEL)
         pieces = [np.empty(0, np.uint8)]
         for index in range(first, last):
             begin = index * CHUNK_NUMEL
-            pieces.append(self._pool_chunk(reader, index)[max(0, start - begin) : stop - begin])
+            pieces.append(self._pool_chunk(self._pool, index)[max(0, start - begin) : stop - begin])
         return np.concatenate(pieces)
+
+    @cached_property
+    def _pool(self) -> PayloadReader:
+        """The chunks of the pool."""
+        pool = self._shard.pool
+        if pool is None:
+            raise FormatError("TAB-6", self.where, "has no pool")
+        return self._stored(POOL_KEY, pool.codec, pool.at, POOL, pool.nbytes)
 
     def _pool_chunk(self, reader: PayloadReader, index: int) -> Bytes:
         last = self._last_pool_chunk  # another thread may put its own there at any moment

@@ -31,6 +31,10 @@ class PinnedBase:
         self._tensors, self._opener, self._verify = tensors, opener, verify
         self._checkpoint: Checkpoint | None = None
         self._names: frozenset[str] = frozenset()
+        self._ties: dict[str, list[str]] = {}
+        for other in tensors.values():
+            if other.alias_of is not None:
+                self._ties.setdefault(other.alias_of, []).append(other.name)
         self._found: dict[str, str] = {}
         self._verified: dict[str, bytearray] = {}
         self._nbytes_read = 0
@@ -95,7 +99,7 @@ class PinnedBase:
 
     def _find(self, checkpoint: Checkpoint, tensor: BaseTensor) -> str:
         """The name of *tensor* in the checkpoint: its own, or a tied one: files keep one of several tied names."""
-        names = [tensor.name, *(other.name for other in self._tensors.values() if other.alias_of == tensor.name)]
+        names: list[str] = [tensor.name, *self._ties.get(tensor.name, ())]
         name = next((name for name in names if name in self._names), None)
         if name is None:
             raise BaseMismatchError("BASE-1", checkpoint.where, tensor.name, "is missing")
