@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Literal
@@ -21,7 +21,7 @@ from tallstore.format.bits import Bytes
 from tallstore.format.codecs import Codec
 from tallstore.format.dtypes import CHUNK_NUMEL, chunk_count, chunk_span
 from tallstore.format.encodings import POOL, Encoding
-from tallstore.format.manifest import Payload, Shard
+from tallstore.format.manifest import Payload, Pool, Shard
 from tallstore.format.safetensors_header import LENGTH_NBYTES, Header, HeaderProblem, header_nbytes, parse_header
 from tallstore.format.shards import (
     ALIGNMENT,
@@ -256,24 +256,20 @@ class ShardReader:
 
     def pool_bytes(self, start: int, stop: int) -> Bytes:
         """Bytes [start, stop) of the decoded pool, in memory of their own; reads the chunks that they lie in."""
+        pool = self._shard.pool
+        if pool is None:
+            raise FormatError("TAB-6", self.where, "has no pool")
         first, last = start // CHUNK_NUMEL, -(-stop // CHUNK_NUMEL)
         pieces = [np.empty(0, np.uint8)]
         for index in range(first, last):
             begin = index * CHUNK_NUMEL
-            pieces.append(self._pool_chunk(self._pool, index)[max(0, start - begin) : stop - begin])
+            pieces.append(self._pool_chunk(pool, index)[max(0, start - begin) : stop - begin])
         return np.concatenate(pieces)
 
-    @cached_property
-    def _pool(self) -> PayloadReader:
-        """The chunks of the pool."""
-        pool = self._shard.pool
-        if pool is None:
-            raise FormatError("TAB-6", self.where, "has no pool")
-        return self._stored(POOL_KEY, pool.codec, pool.at, POOL, pool.nbytes)
-
-    def _pool_chunk(self, reader: PayloadReader, index: int) -> Bytes:
+    def _pool_chunk(self, pool: Pool, index: int) -> Bytes:
         last = self._last_pool_chunk  # another thread may put its own there at any moment
         if last is None or last[0] != index or self._verify == "always":
+            reader = self._stored(POOL_KEY, pool.codec, pool.at, POOL, pool.nbytes)
             last = self._last_pool_chunk = (index, reader.chunk(index))
         return last[1]
 
