@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -19,6 +20,7 @@ from tallstore.format.shard_reader import Verify
 from tallstore.inspecting.statistics import Statistics, measure_masks
 from tallstore.loading import representation
 from tallstore.loading.consensus import consensus
+from tallstore.loading.device_expert import DeviceExpert
 from tallstore.loading.expert import Expert
 from tallstore.loading.merging import Merging
 from tallstore.loading.model_weights import LoadResult, load_expert
@@ -115,7 +117,7 @@ class Bundle:
         Args:
             task: the expert's name.
             name: the tensor's.
-            device: where it is wanted; it is rebuilt on the CPU and moved.
+            device: where it is wanted; packed bytes are moved there, and the tensor is rebuilt on it.
             dtype: what it is cast to once it is finished, unless it is of integers or bools; None keeps its own.
 
         Returns:
@@ -130,7 +132,7 @@ class Bundle:
             UnknownTaskError, NotFetchedError, FormatError: as `keys`.
         """
         place, cast = _device(device), _dtype(dtype)
-        return _finished(self._expert(task), name, place, cast)
+        return self._on(place, task).tensor(name, cast)
 
     def items(
         self, task: str, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None
@@ -140,8 +142,8 @@ class Bundle:
         A tied tensor comes once for each of its names, in memory of its own. Arguments and errors as for `tensor`.
         """
         place, cast = _device(device), _dtype(dtype)
-        expert = self._expert(task)
-        return ((name, _finished(expert, name, place, cast)) for name in expert.names)
+        expert = self._on(place, task)
+        return ((name, expert.tensor(name, cast)) for name in self._expert(task).names)
 
     def state_dict(
         self, task: str, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None
@@ -149,11 +151,7 @@ class Bundle:
         """All tensors of an expert by name; tied names have one tensor. Arguments and errors are those of `tensor`."""
         place, cast = _device(device), _dtype(dtype)
         expert = self._expert(task)
-        carriers = dict.fromkeys(map(expert.carrier, expert.names))
-        if place.type == "cpu":
-            whole = expert.tensors(carriers, cast)
-        else:  # one at a time: the CPU may not have the memory for all
-            whole = {name: _finished(expert, name, place, cast) for name in carriers}
+        whole = self._on(place, task).tensors(dict.fromkeys(map(expert.carrier, expert.names)), cast)
         return {name: whole[expert.carrier(name)] for name in expert.names}
 
     def load_into(self, model: nn.Module, task: str, strict: bool = True) -> LoadResult:  # noqa: FBT001, FBT002 - torch's
@@ -175,7 +173,8 @@ class Bundle:
                 ties two that differ in the expert. Nothing was written then.
             TallstoreError: as `tensor`. Some tensors were written then, others not, or not to their end.
         """
-        return load_expert(self._expert(task), model, strict=strict)
+        expert = self._expert(task)
+        return load_expert(expert, model, partial(DeviceExpert.on, expert, self._files, self._pinned()), strict=strict)
 
     def attach(self, model: nn.Module, strict: bool = True, cache_nbytes: int = 1 << 30) -> Switcher:  # noqa: FBT001, FBT002 - as load_into
         """Let a model take this bundle's experts in turn, in place.
@@ -343,6 +342,10 @@ class Bundle:
     def _expert(self, task: str) -> Expert:
         return Expert(self._files.task(task), self._files, self._pinned())
 
+    def _on(self, device: torch.device, task: str) -> Expert | DeviceExpert:
+        expert = self._expert(task)
+        return expert if device.type == "cpu" else DeviceExpert.on(expert, self._files, self._pinned(), device)
+
     def _pinned(self) -> PinnedBase:
         with self._lock:
             if self._base is None:
@@ -361,11 +364,6 @@ class Bundle:
             f"{self.path}: the bundle neither embeds its base nor says where it is; "
             "give it: open_bundle(path, base=…) takes a path, a state dict or a Hub id"
         )
-
-
-def _finished(expert: Expert, name: str, device: torch.device, dtype: torch.dtype | None) -> Tensor:
-    """A whole tensor, cast where it is a floating-point one, on its device."""
-    return expert.tensor(name, dtype).to(device)
 
 
 def _device(device: torch.device | str) -> torch.device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tallstore.errors import OptionError
+from tallstore.loading.device_expert import DeviceExpert
 from tallstore.loading.expert import Expert
 
 _SHOWN_NAMES: Final = 5
@@ -33,8 +34,16 @@ class LoadResult(NamedTuple):
         return f"LoadResult(missing_keys={self.missing_keys!r}, unexpected_keys={self.unexpected_keys!r})"
 
 
-def load_expert(expert: Expert, model: nn.Module, *, strict: bool) -> LoadResult:
+def load_expert(
+    expert: Expert, model: nn.Module, on_device: Callable[[torch.device], DeviceExpert], *, strict: bool
+) -> LoadResult:
     """Write *expert* into *model*; what can be refused is refused before anything is written.
+
+    Args:
+        expert: to be written.
+        model: to write to.
+        on_device: gives the same expert for what of the model is on a device.
+        strict: as `match`.
 
     Raises:
         OptionError: names (if *strict*), shapes or ties do not fit, or a tensor of the model has no memory.
@@ -43,8 +52,10 @@ def load_expert(expert: Expert, model: nn.Module, *, strict: bool) -> LoadResult
     writes, result = match(expert, model_tensors(model), strict=strict)
     with torch.no_grad():
         expert.write({name: target.detach().view(-1) for name, target in writes.items() if is_direct(target)})
+        for device, targets in by_device(writes).items():
+            on_device(device).write(targets)
         for name, target in writes.items():
-            if not is_direct(target):
+            if not target.is_contiguous():
                 target.copy_(expert.tensor(name, target.dtype))
     return result
 
@@ -132,6 +143,15 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 def is_direct(target: Tensor) -> bool:
     """Whether chunks can be rebuilt in its own memory."""
     return target.device.type == "cpu" and target.is_contiguous()
+
+
+def by_device(targets: Mapping[str, Tensor]) -> Mapping[torch.device, Mapping[str, Tensor]]:
+    """Of *targets*, those that can be rebuilt in their own memory on a device, flat, by device."""
+    found = defaultdict[torch.device, dict[str, Tensor]](dict)
+    for name, target in targets.items():
+        if target.device.type != "cpu" and target.is_contiguous():
+            found[target.device][name] = target.detach().view(-1)
+    return found
 
 
 def _mismatch(expert: Expert, result: LoadResult) -> str:

@@ -23,9 +23,10 @@ from tallstore.format.dtypes import chunk_spans
 from tallstore.format.manifest import BasedTensor, BaseTensor, SameTensor
 from tallstore.loading import parallel
 from tallstore.loading.contents import OWN, Content, Holding, OfBase, OfExpert, State, copy_base
+from tallstore.loading.device_expert import DeviceExpert
 from tallstore.loading.expert import Expert
 from tallstore.loading.model_slots import Slot, check_mode, check_slot, memory_span, slots_of
-from tallstore.loading.model_weights import is_direct, listed, match, model_tensors
+from tallstore.loading.model_weights import by_device, is_direct, listed, match, model_tensors
 from tallstore.loading.pinned_base import PinnedBase
 from tallstore.loading.resident import ResidentBase, ResidentFiles
 
@@ -371,7 +372,7 @@ class Switcher:
             self._apart.add(tensor.name)
 
     def _stage(self, targets: Iterable[Tensor]) -> None:
-        """Have memory for the largest of the tensors that are not written to directly."""
+        """Have memory for the largest of the tensors that are written to by way of the CPU."""
         for target in targets:
             have = self._staging.get(target.dtype)
             if not is_direct(target) and (have is None or have.numel() < target.numel()):
@@ -388,17 +389,29 @@ class Switcher:
             self._holdings.pop(slot.name, None)
         direct = [(slot.tensor.detach(), content) for slot, content in writes if is_direct(slot.tensor)]
         self._fill([(target.view(-1), content) for target, content in direct])
+        sent = self._send(writes)
         for slot, content in writes:
             target = slot.tensor.detach()
             if content is OWN:
                 target.copy_(self._own[slot.name])
-            elif not is_direct(target):
+            elif slot.name not in sent and not is_direct(target):
                 staged = self._staging[target.dtype][: target.numel()]
                 self._fill([(staged, content)])
                 target.copy_(staged.view(target.shape))
         for slot, content in writes:
             slot.count_write()
             self._holdings[slot.name] = Holding(content, slot.place, slot.versions)
+
+    def _send(self, writes: Sequence[_Write]) -> set[str]:
+        """Rebuild on their devices what of an expert is rebuilt there; the names of these slots."""
+        sent = {slot.name: (slot.tensor, to) for slot, to in writes if isinstance(to, OfExpert)}
+        targets = by_device({name: target for name, (target, _) in sent.items()})
+        for device, found in targets.items():
+            names = {name: sent[name][1].name for name in found}
+            expert = sent[next(iter(found))][1].expert
+            on_device = DeviceExpert.on(expert, self._files, self._base, device)
+            on_device.write({names[name]: target for name, target in found.items()})
+        return {name for found in targets.values() for name in found}
 
     def _fill(self, destinations: Sequence[tuple[Tensor, Content]]) -> None:
         """Write whole tensors to flat, contiguous ones on the CPU; those of the model's own are left out."""

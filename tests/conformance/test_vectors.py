@@ -14,6 +14,8 @@ import torch
 import zstandard
 
 import tallstore
+from tallstore.loading import decode_torch
+from tallstore.loading.device_expert import DeviceExpert
 
 ROOT = Path(__file__).parents[2]
 SPEC = ROOT / "spec"
@@ -127,6 +129,23 @@ def test_valid_vector_decodes_bit_for_bit(case_path, tmp_path):
     assert differing == []
     assert problems == []
     assert bool(caught) == case["warns"]
+
+
+@pytest.mark.filterwarnings("ignore:.*newer:UserWarning")
+@pytest.mark.parametrize("case_path", VALID, ids=lambda path: path.parent.name)
+def test_valid_vector_decodes_bit_for_bit_as_on_a_device(case_path, tmp_path):
+    case, bundle_path, base = copied(case_path, tmp_path)
+    expected = read_safetensors(bundle_path.parent / case["expected"].removesuffix(".zst"))
+    found = {}
+    with tallstore.open_bundle(bundle_path, base=base) as bundle:
+        for task in set(bundle.tasks) - set(case["not_fetched"]):
+            expert = DeviceExpert(
+                bundle._expert(task), bundle._files, bundle._pinned(), torch.device("cpu"), decode_torch.decode
+            )
+            tensors = expert.tensors(bundle.keys(task))
+            found |= {f"{task}/{name}": as_bytes(tensor) for name, tensor in tensors.items()}
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if found[name] != expected[name]] == []
 
 
 @pytest.mark.parametrize("case_path", INVALID, ids=lambda path: path.parent.name)

@@ -1,0 +1,139 @@
+"""An expert on a device: packed bytes are read, checked and sent batch by batch, and decoded where they arrive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from tallstore.checkpoints.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
+from tallstore.errors import OptionError
+from tallstore.format.bundle_files import BundleFiles
+from tallstore.loading import parallel
+from tallstore.loading.device_decoders import current, decoder_for
+from tallstore.loading.device_pieces import Opener, is_for_device
+from tallstore.loading.expert import Expert
+from tallstore.loading.packed import Batch, Decode, Piece
+from tallstore.loading.pinned_base import PinnedBase
+from tallstore.loading.staging import Staging, staging_for
+
+#: Of a batch, unless one chunk alone takes more: large enough for a copy at the speed of the bus.
+_BATCH_NBYTES: Final = 16 << 20
+
+
+class DeviceExpert:
+    """One task's tensors, rebuilt on a device; where that cannot be, on the CPU, and moved.
+
+    Memory beyond the result, on the CPU and on the device each: three batches of up to 16 MiB, or of up to 32 MiB where
+    one chunk takes as much; without Triton, some 50 MiB more on the device. One thread may use it.
+    """
+
+    def __init__(
+        self, expert: Expert, files: BundleFiles, base: PinnedBase, device: torch.device, decode: Decode | None
+    ) -> None:
+        """Read nothing yet.
+
+        Args:
+            expert: the task's, on the CPU.
+            files: the bundle's.
+            base: of the experts.
+            device: where tensors are wanted.
+            decode: for that device; None to rebuild on the CPU.
+        """
+        self._expert, self._opener = expert, Opener(expert.task, files, base)
+        self._device, self._decode = device, decode
+        self._ring: Staging | None = None
+
+    @classmethod
+    def on(cls, expert: Expert, files: BundleFiles, base: PinnedBase, device: torch.device) -> DeviceExpert:
+        """The expert on a device, with the decoder that the device has."""
+        found = torch.empty(0, device=device).device  # with its index
+        return cls(expert, files, base, found, decoder_for(found))
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A whole tensor in new memory; cast to *dtype*, if it is a floating-point one.
+
+        Raises:
+            TallstoreError: as `tensors`.
+        """
+        return self.tensors([name], dtype)[name]
+
+    def tensors(self, names: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """As `tensor`, for several tensors at once. The device may still be at work on them, on its current stream.
+
+        Raises:
+            OptionError: the device has no tensors of that dtype.
+            TallstoreError: as `Expert.read`.
+        """
+        whole: dict[str, Tensor] = {}
+
+        def destinations() -> Iterator[tuple[str, Tensor]]:
+            for name in names:
+                spec = self._expert.spec(name)
+                own = TORCH_DTYPES[spec.dtype]
+                wanted = own if dtype is None or not own.is_floating_point else dtype
+                whole[name] = self._empty(spec.shape, wanted, name)
+                yield name, whole[name].view(-1)
+
+        self._write(destinations())
+        return whole
+
+    def write(self, destinations: Mapping[str, Tensor]) -> None:
+        """Write whole tensors to flat, contiguous tensors on the device, by name; cast where the dtype is another.
+
+        Raises:
+            TallstoreError: as `Expert.read`. Any part of *destinations* may have been written then.
+        """
+        self._write(destinations.items())
+        for destination in destinations.values():
+            if not destination.is_inference():
+                increment_version(destination)  # torch does not see what kernels of others write
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> Tensor:
+        try:
+            return torch.empty(shape, dtype=dtype, device=self._device)
+        except TypeError as error:  # Apple's GPUs have no float64
+            reason = str(error).partition("\n")[0]
+            raise OptionError(f"tensor {name!r} is {DTYPE_NAMES[dtype]} on {self._device}: {reason}") from None
+
+    def _write(self, destinations: Iterable[tuple[str, Tensor]]) -> None:
+        with current(self._device):
+            self._send(self._pieces(destinations))
+
+    def _pieces(self, destinations: Iterable[tuple[str, Tensor]]) -> Iterator[Piece]:
+        """What is decoded on the device; the rest is written in passing."""
+        for name, destination in destinations:
+            tensor, wanted = self._expert.task.tensor(name), DTYPE_NAMES.get(destination.dtype)
+            if self._decode is not None and wanted is not None and is_for_device(self._expert.task, tensor, wanted):
+                yield from self._opener.pieces(tensor, wanted, destination)
+            else:
+                destination.copy_(self._expert.tensor(name, destination.dtype).view(-1))
+
+    def _send(self, pieces: Iterable[Piece]) -> None:
+        for batch in _batches(pieces):
+            if self._decode is None:
+                raise AssertionError("pieces for a device without a decoder")
+            if self._ring is None:
+                self._ring = staging_for(self._device)
+            slot = self._ring.slot(batch.nbytes)
+            parallel.run(batch.fill(slot.host.numpy()))
+            for packed in batch.packed(self._ring.send(slot, batch.nbytes)):
+                self._decode(packed)
+            self._ring.release(slot)
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[Batch]:
+    """Pieces together, as many as a batch has room for."""
+    members: list[Piece] = []
+    nbytes = 0
+    for piece in pieces:
+        if members and nbytes + piece.nbytes > _BATCH_NBYTES:
+            yield Batch(members)
+            members, nbytes = [], 0
+        members.append(piece)
+        nbytes += piece.nbytes
+    if members:
+        yield Batch(members)
