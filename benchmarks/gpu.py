@@ -171,7 +171,7 @@ def decoder_rows(numel: int, dtypes: Sequence[str], repeats: int, device: torch.
             speeds = {way: nbytes / time_ / 1e9 for way, time_ in found.items()}
             what = f"{kind} of {levels}" if levels else kind
             ratio = speeds["decode"] / speeds["copy"]
-            yield f"| {what} | {values or ''} | {dtype} | {speeds['decode']:.1f} | {speeds['copy']:.1f} | {ratio:.2f} |"
+            yield f"| {what} | {values or ''} | {dtype} | {speeds['decode']:.4g} | {speeds['copy']:.4g} | {ratio:.3g} |"
 
 
 # --- loads and switches ---
@@ -228,7 +228,7 @@ def expert_rows(numel: int, dtypes: Sequence[str], repeats: int, device: torch.d
                     for way, time_ in found.items():
                         yield (
                             f"| {what} | {dtype} | {parameters / 1e6:.1f} M | {way} | {1000 * time_:.3g} | "
-                            f"{nbytes / time_ / 1e9:.2f} | {time_ / first:.2f} |"
+                            f"{nbytes / time_ / 1e9:.3g} | {time_ / first:.3g} |"
                         )
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
 from typing import Final
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tallstore.checkpoints.torch_dtypes import TORCH_DTYPES
-from tallstore.format.dtypes import Dtype
+from tallstore.format.bits import Bytes
+from tallstore.format.dtypes import Dtype, itemsize
 from tallstore.loading import decode_torch
-from tallstore.loading.packed import BITS, Batch, Decode, Form, Piece, Rows
+from tallstore.loading.packed import BITS, Batch, Decode, Form, Piece, Region, Rows
 
 #: base, value and scale, and the bits of the sum in float32: what goes wrong under a fused multiply-add, a sum in
 #: float64, flushing of subnormal numbers, or an addition of 0.
@@ -37,13 +39,34 @@ _CASTS: Final = (
     (3 * 2.0**-134, 0x0000, 0x0002),
     (3.4e38, 0x7C00, 0x7F80),
 )
+#: Forms that need other operations: packed codes and values, and what four elements become over a base of 0.
+_KINDS: Final[tuple[tuple[Form, bytes, bytes, list[float]], ...]] = (
+    (
+        Form("signed", "F32", "F32", "F32", values="LOG4"),
+        b"\x64",  # absent, plus, minus, plus
+        b"\x10\x32",
+        [0.0, 181 / 256, -0.5, 181 / 512],
+    ),
+    (
+        Form("sparse", "F32", "F32", "F32", values="F16"),
+        b"\x0a",
+        b"\x00\x3c\x00\xc0",
+        [0.0, 1.0, 0.0, -2.0],
+    ),
+    (
+        Form("uniform", "F32", "F32", "F32", levels=16),
+        b"\x70\xf8",
+        b"",
+        [-7.5, -0.5, 0.5, 7.5],
+    ),
+)
 
 
 @cache
 def decoder_for(device: torch.device) -> Decode | None:
     """The decoder to use on a device; None where experts are rebuilt on the CPU, and moved.
 
-    Cost: on CUDA, three small kernels are compiled, or taken from Triton's cache; nothing the second time.
+    Cost: on CUDA, six small kernels are compiled, or taken from Triton's cache; nothing the second time.
 
     Args:
         device: with its index, where it has one.
@@ -80,34 +103,50 @@ def computes_exactly(decode: Decode, device: torch.device) -> bool:
 
 def _passes(decode: Decode, device: torch.device) -> bool:
     return (
-        _decoded(decode, device, [row[:3] for row in _SUMS], "F32") == [row[3] for row in _SUMS]
-        and _decoded(decode, device, [(row[0], 0.0, 1.0) for row in _CASTS], "F16") == [row[1] for row in _CASTS]
-        and _decoded(decode, device, [(0.0, row[0], 1.0) for row in _CASTS], "BF16") == [row[2] for row in _CASTS]
+        _sums(decode, device, [row[:3] for row in _SUMS], "F32") == [row[3] for row in _SUMS]
+        and _sums(decode, device, [(row[0], 0.0, 1.0) for row in _CASTS], "F16") == [row[1] for row in _CASTS]
+        and _sums(decode, device, [(0.0, row[0], 1.0) for row in _CASTS], "BF16") == [row[2] for row in _CASTS]
+        and all(_elements(decode, device, form, codes, values) == made for form, codes, values, made in _KINDS)
     )
 
 
-def _decoded(
+def _sums(
     decode: Decode, device: torch.device, terms: Sequence[tuple[float, float, float]], result: Dtype
 ) -> list[int]:
     """The bits that a decoder makes of base + scale * value, each sum with a row of its own."""
     numbers = np.array(terms, np.float32).reshape(-1, 3)
     base, values, scales = (np.ascontiguousarray(numbers[:, column]).view(np.uint8) for column in range(3))
+    codes = np.packbits(np.ones(len(numbers), np.uint8), bitorder="little")
+    form = Form("mask", "F32", result, result, values="F32")
+    sources: dict[Region, Bytes] = {"base": base, "codes": codes, "values": values}
+    made = _decoded(decode, device, form, sources, Rows(scales.view(np.float32), 1, 1))
     width = TORCH_DTYPES[result].itemsize
-    destination = torch.empty(len(numbers), dtype=BITS[width][1], device=device)
-    piece = Piece(
-        Form("mask", "F32", result, result, values="F32"),
-        destination,
-        {
-            "base": lambda: base,
-            "codes": lambda: np.packbits(np.ones(len(numbers), np.uint8), bitorder="little"),
-            "values": lambda: values,
-        },
-        {"values": Rows(scales.view(np.float32), 1, 1)},
-    )
-    batch = Batch([piece])
+    return [bits & ((1 << 8 * width) - 1) for bits in made.tolist()]
+
+
+def _elements(decode: Decode, device: torch.device, form: Form, codes: bytes, values: bytes) -> list[float]:
+    """What a decoder makes of four elements."""
+    sources: dict[Region, Bytes] = {"base": np.zeros(16, np.uint8), "codes": np.frombuffer(codes, np.uint8)}
+    if values:
+        sources["values"] = np.frombuffer(values, np.uint8)
+    made = _decoded(decode, device, form, sources, Rows(np.ones(1, np.float32), 4, 4))
+    return made.view(torch.float32).tolist()
+
+
+def _decoded(decode: Decode, device: torch.device, form: Form, sources: Mapping[Region, Bytes], rows: Rows) -> Tensor:
+    """What a decoder makes of one piece, in integers, on the CPU."""
+    count, (_, bits) = sources["base"].size // itemsize(form.base), BITS[itemsize(form.result)]
+    destination = torch.empty(count, dtype=bits, device=device)
+    value_count = sources["values"].size // 2 if form.kind == "sparse" else 0
+    readers = {name: partial(_itself, elements) for name, elements in sources.items()}
+    batch = Batch([Piece(form, destination, readers, {"values": rows}, value_count)])
     host = torch.zeros(batch.nbytes, dtype=torch.uint8, device="cpu")
     for job in batch.fill(host.numpy()):
         job()
     for packed in batch.packed(host.to(device)):
         decode(packed)
-    return [bits & ((1 << 8 * width) - 1) for bits in destination.tolist()]
+    return destination.cpu()
+
+
+def _itself(elements: Bytes) -> Bytes:
+    return elements

@@ -55,7 +55,7 @@ def load_expert(
         for device, targets in by_device(writes).items():
             on_device(device).write(targets)
         for name, target in writes.items():
-            if not target.is_contiguous():
+            if not is_direct(target) and not is_sent(target):
                 target.copy_(expert.tensor(name, target.dtype))
     return result
 
@@ -145,11 +145,17 @@ def is_direct(target: Tensor) -> bool:
     return target.device.type == "cpu" and target.is_contiguous()
 
 
+def is_sent(target: Tensor) -> bool:
+    """Whether it can be rebuilt in its own memory on a device."""
+    is_plain = type(target.detach()) is Tensor and target.layout == torch.strided
+    return target.device.type != "cpu" and is_plain and target.is_contiguous()
+
+
 def by_device(targets: Mapping[str, Tensor]) -> Mapping[torch.device, Mapping[str, Tensor]]:
-    """Of *targets*, those that can be rebuilt in their own memory on a device, flat, by device."""
+    """Those of *targets* that are sent, flat, by device."""
     found = defaultdict[torch.device, dict[str, Tensor]](dict)
     for name, target in targets.items():
-        if target.device.type != "cpu" and target.is_contiguous():
+        if is_sent(target):
             found[target.device][name] = target.detach().view(-1)
     return found
 

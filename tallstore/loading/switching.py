@@ -26,7 +26,7 @@ from tallstore.loading.contents import OWN, Content, Holding, OfBase, OfExpert, 
 from tallstore.loading.device_expert import DeviceExpert
 from tallstore.loading.expert import Expert
 from tallstore.loading.model_slots import Slot, check_mode, check_slot, memory_span, slots_of
-from tallstore.loading.model_weights import by_device, is_direct, listed, match, model_tensors
+from tallstore.loading.model_weights import by_device, is_direct, is_sent, listed, match, model_tensors
 from tallstore.loading.pinned_base import PinnedBase
 from tallstore.loading.resident import ResidentBase, ResidentFiles
 
@@ -341,7 +341,7 @@ class Switcher:
         for slot, content in writes:
             if content is not OWN and self._state.contents.get(slot.name, OWN) is OWN and slot.name not in self._own:
                 self._own[slot.name] = slot.tensor.detach().clone()
-        self._stage(slot.tensor for slot, _ in writes)
+        self._stage(slot.tensor for slot, content in writes if not _is_sent(slot, content))
 
     def _hold(self, state: State) -> None:
         """Have in memory, checked, what a state is made of."""
@@ -389,12 +389,12 @@ class Switcher:
             self._holdings.pop(slot.name, None)
         direct = [(slot.tensor.detach(), content) for slot, content in writes if is_direct(slot.tensor)]
         self._fill([(target.view(-1), content) for target, content in direct])
-        sent = self._send(writes)
+        self._send([(slot, content) for slot, content in writes if _is_sent(slot, content)])
         for slot, content in writes:
             target = slot.tensor.detach()
             if content is OWN:
                 target.copy_(self._own[slot.name])
-            elif slot.name not in sent and not is_direct(target):
+            elif not is_direct(target) and not _is_sent(slot, content):
                 staged = self._staging[target.dtype][: target.numel()]
                 self._fill([(staged, content)])
                 target.copy_(staged.view(target.shape))
@@ -402,16 +402,12 @@ class Switcher:
             slot.count_write()
             self._holdings[slot.name] = Holding(content, slot.place, slot.versions)
 
-    def _send(self, writes: Sequence[_Write]) -> set[str]:
-        """Rebuild on their devices what of an expert is rebuilt there; the names of these slots."""
-        sent = {slot.name: (slot.tensor, to) for slot, to in writes if isinstance(to, OfExpert)}
-        targets = by_device({name: target for name, (target, _) in sent.items()})
-        for device, found in targets.items():
-            names = {name: sent[name][1].name for name in found}
-            expert = sent[next(iter(found))][1].expert
-            on_device = DeviceExpert.on(expert, self._files, self._base, device)
-            on_device.write({names[name]: target for name, target in found.items()})
-        return {name for found in targets.values() for name in found}
+    def _send(self, writes: Sequence[_Write]) -> None:
+        """Write tensors of an expert where they are rebuilt on their devices."""
+        sent = {content.name: (slot.tensor, content) for slot, content in writes if isinstance(content, OfExpert)}
+        for device, targets in by_device({name: target for name, (target, _) in sent.items()}).items():
+            expert = sent[next(iter(targets))][1].expert  # all are of one
+            DeviceExpert.on(expert, self._files, self._base, device).write(targets)
 
     def _fill(self, destinations: Sequence[tuple[Tensor, Content]]) -> None:
         """Write whole tensors to flat, contiguous ones on the CPU; those of the model's own are left out."""
@@ -445,6 +441,10 @@ class Switcher:
         with self._next_lock:
             kept, self._next_kept, self._next = self._next_kept, kept, task
         kept.close()
+
+
+def _is_sent(slot: Slot, content: Content) -> bool:
+    return isinstance(content, OfExpert) and is_sent(slot.tensor)
 
 
 def _called(task: str | None) -> str:

@@ -340,14 +340,13 @@ def models_elsewhere(monkeypatch):
     """Models' contiguous tensors are taken for those of another device; the names that were written there."""
     written = []
 
-    def by_device(targets):
-        found = {name: target.detach().view(-1) for name, target in targets.items() if target.is_contiguous()}
-        written.extend(found)
-        return {CPU: found} if found else {}
-
+    write = DeviceExpert.write
+    monkeypatch.setattr(
+        DeviceExpert, "write", lambda expert, targets: written.extend(targets) or write(expert, targets)
+    )
     monkeypatch.setattr(device_expert, "decoder_for", lambda _device: decode_torch.decode)
     for module in (model_weights, switching):
-        monkeypatch.setattr(module, "by_device", by_device)
+        monkeypatch.setattr(module, "is_sent", lambda target: target.is_contiguous())
         monkeypatch.setattr(module, "is_direct", lambda _target: False)
     return written
 
