@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from tallstore.loading.device_decoders import computes_exactly
 from tallstore.loading.packed import Packed
 from tests.device_cases import decoded
 
@@ -37,6 +38,15 @@ def interpret(root: Path, wanted: str | None = None) -> dict[str, bytes]:
         warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of sums that overflow
         found = decoded(root, decode, wanted)
     return {name: tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for name, tensor in found.items()}
+
+
+def passes() -> bool:
+    """Whether the kernel passes the test that decoders must pass before they are used."""
+    from tallstore.loading.decode_triton import decode  # noqa: PLC0415 - as above
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return computes_exactly(decode, torch.device("cpu"))
 
 
 def compile_all(root: Path) -> dict[str, str]:
@@ -67,8 +77,7 @@ def compile_all(root: Path) -> dict[str, str]:
         signature |= dict.fromkeys(constants, "constexpr")
         divisible = {(place,): [["tt.divisibility", 16]] for place in range(len(regions))}
         source = triton.compiler.ASTSource(kernel, signature, constants | {"ALIGNED": True}, divisible)
-        options = {"num_warps": decode_triton._WARPS, "enable_fp_fusion": False}
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(decode_triton.OPTIONS))
         assembly[f"{packed.form.kind} {by_row}"] = compiled.asm["ptx"]
 
     decoded(root, compile_one)

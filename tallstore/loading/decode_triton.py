@@ -7,6 +7,7 @@ is selected or copied is handled as integers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 import torch
@@ -16,7 +17,12 @@ import triton.language as tl
 from tallstore.format.dtypes import itemsize
 from tallstore.loading.packed import BITS, BLOCK_NUMEL, COLUMNS, Packed, Region
 
-_WARPS: Final = BLOCK_NUMEL // 8 // 32  # a row of 8 elements a thread
+OPTIONS: Final[Mapping[str, int | bool]] = {
+    "num_warps": BLOCK_NUMEL // 8 // 32,  # a row of 8 elements a thread
+    "enable_fp_fusion": False,  # a fused multiply-add rounds once where the specification rounds twice
+}
+"""What the kernel is compiled and started with."""
+
 _VECTOR_NBYTES: Final = 16
 _CODE_WORDS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # 8 codes each, by the bits of a code
 _SHARED_ELEMENTS: Final = {
@@ -31,12 +37,7 @@ _SHARED_ELEMENTS: Final = {
 def decode(packed: Packed) -> None:
     """Write every piece to its destination, on the current device and stream; see `Decode`."""
     regions, constants = arguments(packed)
-    _decode[(packed.block_count,)](
-        *regions,
-        **constants,
-        num_warps=_WARPS,
-        enable_fp_fusion=False,  # a fused multiply-add rounds once where the specification rounds twice
-    )
+    _decode[(packed.block_count,)](*regions, **constants, **OPTIONS)
 
 
 def arguments(packed: Packed) -> tuple[list[torch.Tensor], dict[str, object]]:

@@ -20,15 +20,15 @@ from tallstore.loading.packed import Batch, Decode, Piece
 from tallstore.loading.pinned_base import PinnedBase
 from tallstore.loading.staging import Staging, staging_for
 
-#: Of a batch, unless one chunk alone takes more: large enough for a copy at the speed of the bus.
-_BATCH_NBYTES: Final = 16 << 20
+#: Of a batch: more than a chunk ever takes, and chunks for several threads to read and check at once.
+_BATCH_NBYTES: Final = 32 << 20
 
 
 class DeviceExpert:
     """One task's tensors, rebuilt on a device; where that cannot be, on the CPU, and moved.
 
-    Memory beyond the result, on the CPU and on the device each: three batches of up to 16 MiB, or of up to 32 MiB where
-    one chunk takes as much; without Triton, some 50 MiB more on the device. One thread may use it.
+    Memory beyond the result, on the CPU and on the device each: three batches of up to 32 MiB, one where copies are not
+    asynchronous; without Triton, also a decoded batch and some 50 MiB on the device. One thread may use it.
     """
 
     def __init__(

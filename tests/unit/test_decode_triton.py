@@ -11,7 +11,7 @@ import torch
 import tallstore
 from tests.device_cases import NARROW, differing, write_bundle, write_copies, write_unmoved
 from tests.reference import same_bits
-from tests.triton_process import compile_all, interpret, triton_process
+from tests.triton_process import compile_all, interpret, passes, triton_process
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no Triton here")
 
@@ -61,6 +61,10 @@ def test_where_nothing_is_added_the_base_keeps_every_bit(interpreter, tmp_path, 
     built = write_unmoved(tmp_path / "bundle", dtype)
     found = interpreted(interpreter, built)
     assert [name for name, tensor in found.items() if not same_bits(tensor, built.base[name])] == []
+
+
+def test_the_kernel_passes_the_test_of_decoders(interpreter):
+    assert interpreter.submit(passes).result()
 
 
 def test_compiled_kernels_neither_fuse_nor_flush_and_move_16_bytes_at_once(tmp_path):
