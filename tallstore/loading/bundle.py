@@ -117,7 +117,8 @@ class Bundle:
         Args:
             task: the expert's name.
             name: the tensor's.
-            device: where it is wanted; packed bytes are moved there, and the tensor is rebuilt on it.
+            device: where it is wanted. Packed bytes are sent there, and the tensor is rebuilt on it, by its current
+                stream; on the CPU, and moved, where its dtypes or the device's arithmetic are not fit for that.
             dtype: what it is cast to once it is finished, unless it is of integers or bools; None keeps its own.
 
         Returns:
@@ -128,7 +129,7 @@ class Bundle:
             IntegrityError: bytes of the bundle are not the ones that were written.
             BaseMissingError: the bundle neither embeds nor names its base, and none was given.
             BaseMismatchError: the base is not the one that the bundle was packed from.
-            OptionError: torch has no such device or dtype.
+            OptionError: torch has no such device or dtype, or the device no such dtype.
             UnknownTaskError, NotFetchedError, FormatError: as `keys`.
         """
         place, cast = _device(device), _dtype(dtype)

@@ -276,10 +276,9 @@ class _Group:
             place = view[first * block_nbytes : last * block_nbytes]
             elements = source()
             place[: elements.size] = elements
-            if name == "codes":  # every bit counts where values go by rank
-                place[elements.size :] = 0
-                if self.form.kind == "sparse":
-                    self._view(host, "ranks").view(np.int32)[first:last] = self.values[index] + _ranks(place)
+            if name == "codes" and self.form.kind == "sparse":
+                place[elements.size :] = 0  # behind the end, there are no values that a bit could stand for
+                self._view(host, "ranks").view(np.int32)[first:last] = self.values[index] + _ranks(place)
 
     def packed(self, staged: Tensor) -> Packed:
         """The group in the batch's bytes on the device."""

@@ -14,7 +14,7 @@ import tallstore
 from tallstore.loading import decode_torch, device_decoders, device_expert, model_weights, staging, switching
 from tallstore.loading.device_decoders import computes_exactly, decoder_for
 from tallstore.loading.device_expert import DeviceExpert
-from tallstore.loading.packed import BLOCK_NUMEL, Batch, Form, Piece
+from tallstore.loading.packed import BLOCK_NUMEL, Batch, Form, Piece, Rows
 from tallstore.loading.staging import CudaStaging, PlainStaging, staging_for
 from tests.bundle_builder import Bundle, Group, Task
 from tests.device_cases import on_device, write_bundle, write_copies, write_large
@@ -142,6 +142,47 @@ def test_pieces_of_one_form_lie_behind_each_other_in_whole_blocks():
     elements = packed.region("base", torch.int16).view(4, BLOCK_NUMEL)
     assert [row.unique().tolist() for row in elements] == [[0, 0x0101], [0x0202], [0, 0x0202], [0, 0x0303]]
     assert batch.nbytes <= sum(member.nbytes for member in (piece(3, 1), piece(BLOCK_NUMEL + 1, 2), piece(5, 3)))
+
+
+def coded_piece(kind, count, rows, **fields):
+    """A piece whose bits are all set."""
+    bits = np.packbits(np.ones(count, np.uint8), bitorder="little")
+    sources = {"base": lambda: np.zeros(4 * count, np.uint8), "codes": lambda: bits}
+    if kind == "sparse":
+        sources["values"] = lambda: np.ones(2 * count, np.uint8)
+    form = Form(kind, "F32", "F32", "F32", **fields)
+    return Piece(form, torch.zeros(count, dtype=torch.int32), sources, {"values": rows}, count if fields else 0)
+
+
+def test_no_bit_is_set_behind_the_values_of_a_sparse_piece():
+    """A kernel would read what does not belong to the batch."""
+    rows = Rows(np.ones(1, np.float32), 1500, 1500)
+    batch = Batch([coded_piece("sparse", 1500, rows, values="F16"), coded_piece("sparse", 3, rows, values="F16")])
+    host = torch.full((batch.nbytes,), 0xFF, dtype=torch.uint8)
+    for job in batch.fill(host.numpy()):
+        job()
+    (packed,) = batch.packed(host)
+    assert int(np.bitwise_count(packed.regions["codes"].numpy()).sum()) == 1503
+    assert packed.region("ranks", torch.int32).tolist() == [0, BLOCK_NUMEL, 1500]
+    assert packed.regions["values"].numel() == 2 * 1503
+
+
+@pytest.mark.parametrize(
+    ("rows", "run"),
+    [
+        ([(1, 100, 100)], 0),
+        ([(1, 100, 100), (2, 40, 48)], 8),
+        ([(1, 99, 99), (2, 40, 48)], 8),
+        ([(2, 40, 44)], 1),
+        ([(2, 44, 48)], 1),
+        ([(2, 40, 48), (3, 5, 5)], 1),
+    ],
+)
+def test_eight_elements_share_a_scale_where_every_row_ends_with_them(rows, run):
+    pieces = [coded_piece("sign", 100, Rows(np.ones(count, np.float32), *more)) for count, *more in rows]
+    batch = Batch(pieces)
+    (packed,) = batch.packed(torch.zeros(batch.nbytes, dtype=torch.uint8))
+    assert packed.runs == {"values": run, "values_lo": 0, "centre": 0}
 
 
 # --- errors ---
@@ -317,6 +358,22 @@ def test_a_buffer_that_is_too_small_is_replaced_when_it_is_no_longer_used(monkey
     recorder.calls.clear()
     assert ring.slot(200).host.numel() == 256
     assert recorder.calls == ["wait for event 0", "pinned 256", "device 256", "copies waits for compute"]
+
+
+def test_an_expert_goes_through_the_ring(tmp_path, monkeypatch):
+    """Many more batches than buffers: each is waited for before it is read into again."""
+    root = write_small(tmp_path / "bundle", 300).seal()
+    monkeypatch.setattr(device_expert, "_BATCH_NBYTES", 1 << 17)
+    monkeypatch.setattr(device_expert, "staging_for", CudaStaging)
+    with tallstore.open_bundle(root) as bundle:
+        expected, expert = bundle.state_dict("t"), on_device(bundle, decode_torch.decode)
+        recorder = Recorder(monkeypatch)
+        found = expert.tensors(bundle.keys("t"))
+    assert all(same_bits(found[name], tensor) for name, tensor in expected.items())
+    count = len(recorder.events)
+    assert count > 6
+    waits = [call for call in recorder.calls if call.startswith("wait for")]
+    assert waits == [f"wait for event {number}" for number in range(count - 3)]
 
 
 def test_other_devices_take_plain_copies():
