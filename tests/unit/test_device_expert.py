@@ -17,7 +17,7 @@ from tallstore.loading.device_expert import DeviceExpert
 from tallstore.loading.packed import BLOCK_NUMEL, Batch, Form, Piece, Rows
 from tallstore.loading.staging import CudaStaging, PlainStaging, staging_for
 from tests.bundle_builder import Bundle, Group, Task
-from tests.device_cases import on_device, write_bundle, write_copies, write_large
+from tests.device_cases import LARGE, on_device, write_bundle, write_copies, write_large
 from tests.reference import same_bits
 
 CPU = torch.device("cpu")
@@ -142,6 +142,18 @@ def test_pieces_of_one_form_lie_behind_each_other_in_whole_blocks():
     elements = packed.region("base", torch.int16).view(4, BLOCK_NUMEL)
     assert [row.unique().tolist() for row in elements] == [[0, 0x0101], [0x0202], [0, 0x0202], [0, 0x0303]]
     assert batch.nbytes <= sum(member.nbytes for member in (piece(3, 1), piece(BLOCK_NUMEL + 1, 2), piece(5, 3)))
+
+
+def test_each_chunk_of_a_sparse_tensor_takes_its_own_values(tmp_path):
+    root = write_large(tmp_path / "bundle", ("sparse",)).seal()
+    with tallstore.open_bundle(root) as bundle:
+        tensor = bundle._files.task("t").tensor("sparse")
+        opener = on_device(bundle, decode_torch.decode)._opener
+        pieces = list(opener.pieces(tensor, "BF16", torch.empty(LARGE, dtype=torch.bfloat16)))
+        read = [piece.sources["values"]().size // 2 for piece in pieces]
+    assert read == [piece.value_count for piece in pieces]
+    assert min(read) > 0
+    assert sum(read) == tensor.count
 
 
 def coded_piece(kind, count, rows, **fields):
