@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -19,63 +19,57 @@ _INTEGERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int
 _DTYPES: Final[dict[torch.dtype, type[np.generic]]] = {torch.int8: np.int8, torch.float32: np.float32}
 
 
-def look_up(
-    packed: Bytes, first: int, last: int, *, width: int, values: tuple[float, ...], dtype: torch.dtype
-) -> Tensor:
-    """``values[code]`` for codes [first, last) of *packed*, as *dtype*: int8, or float32 of 4-bit fields.
+class LookUp:
+    """What the codes of one kind stand for. Threads may share it."""
 
-    Args:
-        packed: fields of *width* bits (1, 2 or 4), least significant first.
-        first: any.
-        last: behind the last one.
-        width: bits a code.
-        values: one a code.
-        dtype: holds them exactly.
+    def __init__(self, width: int, values: tuple[float, ...], dtype: torch.dtype) -> None:
+        """Build no table yet.
 
-    Returns:
-        [last - first], in scratch memory: valid until the next look-up of that dtype in this thread.
-    """
-    per_byte = 8 // width
-    begin = first // per_byte
-    packed = packed[begin : packed_nbytes(last, width)]
-    found = scratch.tensor(f"looked up {dtype}", packed.size * per_byte, dtype)
-    done = 0
-    if packed.size >= _PAIRED_NBYTES and 2 * per_byte * dtype.itemsize <= _LARGEST_ITEM:
-        done = packed.size // 2 * 2
-        _select(_pair_table(width, values, dtype), packed[:done].view("<u2"), found[: done * per_byte])
-    if done < packed.size:
-        _select(_byte_table(width, values, dtype), packed[done:], found[done * per_byte :])
-    return found[first - begin * per_byte :][: last - first]
+        Args:
+            width: bits a code: 1, 2 or 4, least significant first.
+            values: one a code.
+            dtype: holds them exactly: int8, or float32 for codes of 4 bits.
+        """
+        self._width, self._values, self._dtype = width, values, dtype
+        self._per_byte = 8 // width
+        self._has_pairs = 2 * self._per_byte * dtype.itemsize <= _LARGEST_ITEM
+        self._name = f"looked up {dtype}"
 
+    def __call__(self, packed: Bytes, first: int, last: int) -> Tensor:
+        """The values of codes [first, last) of *packed*.
 
-def _select(table: Tensor, indices: NDArray[np.unsignedinteger], destination: Tensor) -> None:
-    """Entries of *table*, each of several elements of *destination* in one integer."""
-    places = scratch.tensor("places", indices.size, torch.int32)
-    np.copyto(places.numpy(), indices)
-    torch.index_select(table, 0, places, out=destination.view(table.dtype))
+        Returns:
+            [last - first], in scratch memory: valid until the next look-up of that dtype in this thread.
+        """
+        begin = first // self._per_byte
+        packed = packed[begin : packed_nbytes(last, self._width)]
+        by_pairs = self._has_pairs and packed.size >= _PAIRED_NBYTES and not packed.size % 2
+        table, indices = (self._pairs, packed.view("<u2")) if by_pairs else (self._bytes, packed)
+        places = scratch.tensor("places", indices.size, torch.int32)
+        found = scratch.tensor(self._name, packed.size * self._per_byte, self._dtype)
+        np.copyto(places.numpy(), indices)
+        torch.index_select(table, 0, places, out=found.view(table.dtype))
+        return found[first - begin * self._per_byte :][: last - first]
 
+    @cached_property
+    def _bytes(self) -> Tensor:
+        """For each of the 256 bytes, the values of its fields side by side, as one integer."""
+        return _integers(self._fields())
 
-@cache
-def _byte_table(width: int, values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
-    """For each of the 256 bytes, the values of its fields side by side, as one integer."""
-    return _integers(_fields(width, values, dtype))
+    @cached_property
+    def _pairs(self) -> Tensor:
+        """The same for each two bytes as a little-endian number."""
+        fields = self._fields()
+        count = self._per_byte
+        pairs = np.empty((256, 256, 2 * count), fields.dtype)
+        pairs[:, :, :count], pairs[:, :, count:] = fields[None, :], fields[:, None]
+        return _integers(pairs.reshape(1 << 16, 2 * count))
 
-
-@cache
-def _pair_table(width: int, values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
-    """The same for each two bytes as a little-endian number."""
-    fields = _fields(width, values, dtype)
-    count = fields.shape[1]
-    pairs = np.empty((256, 256, 2 * count), fields.dtype)
-    pairs[:, :, :count], pairs[:, :, count:] = fields[None, :], fields[:, None]
-    return _integers(pairs.reshape(1 << 16, 2 * count))
-
-
-def _fields(width: int, values: tuple[float, ...], dtype: torch.dtype) -> NDArray[np.generic]:
-    byte = np.arange(256)[:, None]
-    codes = (byte >> (np.arange(8 // width) * width)) & ((1 << width) - 1)
-    fields: NDArray[np.generic] = np.array(values, _DTYPES[dtype])[codes]
-    return fields
+    def _fields(self) -> NDArray[np.generic]:
+        byte = np.arange(256)[:, None]
+        codes = (byte >> (np.arange(self._per_byte) * self._width)) & ((1 << self._width) - 1)
+        fields: NDArray[np.generic] = np.array(self._values, _DTYPES[self._dtype])[codes]
+        return fields
 
 
 def _integers(rows: NDArray[np.generic]) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Final, NamedTuple, Protocol
 
 import numpy as np
@@ -23,11 +23,12 @@ from tallstore.format import bits
 from tallstore.format.bits import Bytes
 from tallstore.format.encodings import LOG4_VALUES, SIGNED_VALUES
 from tallstore.format.manifest import SharedDtype
-from tallstore.loading.looking_up import look_up
+from tallstore.loading.looking_up import LookUp
 from tallstore.loading.scratch import scratch
 
 _VIEWS: Final = {"I8": torch.int8, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-_TURNED_SIGNS: Final = tuple(-sign for sign in SIGNED_VALUES)
+_LOG4: Final = LookUp(4, LOG4_VALUES, torch.float32)
+_TURNED_SIGNS: Final = LookUp(2, tuple(-sign for sign in SIGNED_VALUES), torch.int8)
 
 
 class Run(NamedTuple):
@@ -180,7 +181,7 @@ class SharedChunk:
     def _values(self, first: int, last: int) -> Tensor:
         """float32, in scratch memory."""
         if self.dtype == "LOG4":
-            return look_up(self.values, first, last, width=4, values=LOG4_VALUES, dtype=torch.float32)
+            return _LOG4(self.values, first, last)
         width = _VIEWS[self.dtype].itemsize
         stored = _tensor(self.values[first * width : last * width])
         return as_float32(stored.view(_VIEWS[self.dtype]), "elements")
@@ -217,8 +218,7 @@ class SignedSides:
 
     def tile(self, first: int, last: int, _start: int) -> Tile:
         """As `Sides.tile`."""
-        turned = look_up(self.fields, first, last, width=2, values=_TURNED_SIGNS, dtype=torch.int8)
-        return self.merged.chosen(turned, first, last)
+        return self.merged.chosen(_TURNED_SIGNS(self.fields, first, last), first, last)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,8 +256,7 @@ class LevelSides:
             levels: what each code stands for: multiples of 1/2 up to 63.
             scales: of the tensor's rows.
         """
-        self._codes, self._width = codes, width
-        self._turned = tuple(-2 * level for level in levels)  # whole numbers, at half the scale: the same products
+        self._codes, self._turned = codes, _turned_levels(width, levels)
         self._scales = RowScales(scales.scales * np.float32(0.5), scales.row_length)
 
     @property
@@ -267,8 +266,7 @@ class LevelSides:
 
     def tile(self, first: int, last: int, _start: int) -> Tile:
         """As `Sides.tile`."""
-        codes = look_up(self._codes, first, last, width=self._width, values=self._turned, dtype=torch.int8)
-        return Tile(as_float32(codes, "elements"), self._scales)
+        return Tile(as_float32(self._turned(self._codes, first, last), "elements"), self._scales)
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,6 +295,12 @@ class SparseSides:
         turned = scratch.tensor("elements", last - first, torch.float32).zero_()
         turned.numpy()[self.positions[low:high] - first] = 0.0 - self.values[low:high]
         return Tile(turned, self.scales, is_exact=False)
+
+
+@cache
+def _turned_levels(width: int, levels: tuple[float, ...]) -> LookUp:
+    """Whole numbers, to be multiplied by half the scale: the same products."""
+    return LookUp(width, tuple(-2 * level for level in levels), torch.int8)
 
 
 def set_positions(packed: Bytes, first: int, last: int) -> tuple[int, NDArray[np.intp]]:
