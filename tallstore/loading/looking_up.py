@@ -33,7 +33,7 @@ class LookUp:
         self._width, self._values, self._dtype = width, values, dtype
         self._per_byte = 8 // width
         self._has_pairs = 2 * self._per_byte * dtype.itemsize <= _LARGEST_ITEM
-        self._name = f"looked up {dtype}"
+        self._name, self._places = f"looked up {dtype}", f"places of {dtype}"
 
     def __call__(self, packed: Bytes, first: int, last: int) -> Tensor:
         """The values of codes [first, last) of *packed*.
@@ -45,7 +45,7 @@ class LookUp:
         packed = packed[begin : packed_nbytes(last, self._width)]
         by_pairs = self._has_pairs and packed.size >= _PAIRED_NBYTES and not packed.size % 2
         table, indices = (self._pairs, packed.view("<u2")) if by_pairs else (self._bytes, packed)
-        places = scratch.tensor("places", indices.size, torch.int32)
+        places = scratch.tensor(self._places, indices.size, torch.int32)
         found = scratch.tensor(self._name, packed.size * self._per_byte, self._dtype)
         np.copyto(places.numpy(), indices)
         torch.index_select(table, 0, places, out=found.view(table.dtype))

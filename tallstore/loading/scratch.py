@@ -20,7 +20,7 @@ class Scratch(threading.local):
         if kept is None or kept.numel() < numel:
             with torch.inference_mode(mode=False):  # what is made in that mode cannot be written to outside of it
                 kept = self._kept[name] = torch.empty(numel, dtype=dtype, device="cpu")
-        return kept if kept.numel() == numel else kept[:numel]
+        return kept if kept.numel() == numel else kept.narrow(0, 0, numel)
 
 
 scratch = Scratch()
