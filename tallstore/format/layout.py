@@ -19,24 +19,19 @@ BASE_DIRECTORY = "base"
 OUTSIDE_INTEGRITY = frozenset({MANIFEST, "README.md", ".gitattributes"})
 
 _DEVICE = r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])"
-_SLUG = rf"(?!{_DEVICE}$)[a-z0-9][a-z0-9_-]{{0,63}}"
+_SLUG = rf"(?!{_DEVICE}(?:/|$))[a-z0-9][a-z0-9_-]{{0,63}}"
 _SEGMENT = rf"(?!(?i:{_DEVICE})(?:\.|$))[A-Za-z0-9_][A-Za-z0-9._-]{{0,127}}(?<!\.)"
 _SHARD = r"[0-9]{5}-of-[0-9]{5}\.safetensors"
 
 _SLUG_PATTERN = re.compile(_SLUG)
 _SEGMENT_PATTERN = re.compile(_SEGMENT)
-_PATH_PATTERNS = [
-    re.compile(pattern)
-    for pattern in (
-        re.escape(BASE_TABLE),
-        r"groups/g[0-9]{4}/group\.json",
-        rf"groups/g[0-9]{{4}}/merged-{_SHARD}",
-        r"tasks/(?P<slug>[^/]+)/task\.json",
-        rf"tasks/(?P<slug>[^/]+)/(?:mask|private)-{_SHARD}",
-        r"files/[0-9a-f]{64}",
-        rf"{BASE_DIRECTORY}/(?P<segment>[^/]+)",
-    )
-]
+_PATH_PATTERN = re.compile(
+    rf"tasks/{_SLUG}/(?:task\.json|(?:mask|private)-{_SHARD})"
+    r"|files/[0-9a-f]{64}"
+    rf"|groups/g[0-9]{{4}}/(?:group\.json|merged-{_SHARD})"
+    rf"|{BASE_DIRECTORY}/{_SEGMENT}"
+    rf"|{re.escape(BASE_TABLE)}"
+)
 _MAX_COMPANION_SEGMENTS = 3
 
 
@@ -72,16 +67,7 @@ def companion_path(sha256: str) -> str:
 
 def is_bundle_path(path: str) -> bool:
     """Whether *path* is one that a manifest may list (PATH-1)."""
-    for pattern in _PATH_PATTERNS:
-        found = pattern.fullmatch(path)
-        if found:
-            named = found.groupdict()
-            return all(
-                check.fullmatch(named[group]) is not None
-                for group, check in (("slug", _SLUG_PATTERN), ("segment", _SEGMENT_PATTERN))
-                if named.get(group) is not None
-            )
-    return False
+    return _PATH_PATTERN.fullmatch(path) is not None
 
 
 def is_slug(slug: str) -> bool:

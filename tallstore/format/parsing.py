@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn, TypeVar
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from tallstore.caller_warnings import warn
 from tallstore.errors import FormatError, IntegrityError, UnsupportedFeatureError, UnsupportedVersionError
@@ -38,11 +38,13 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
         IntegrityError: MAN-1, a byte was changed.
         FormatError: JSON-1 to JSON-4, VER-3, LIM-1.
     """
-    document = _document(raw, where)
+    _check_nbytes(raw, where)
+    manifest = _as_written(raw, Manifest)
+    document = _document(raw, where) if manifest is None else structs.asdict(manifest)
     newer_minor = _check_version(document, where)
     _check_own_hash(document, raw, where)
     _check_features_first(document, where)
-    return _convert(document, Manifest, where, newer_minor=newer_minor)
+    return _convert(document, Manifest, where, newer_minor=newer_minor) if manifest is None else manifest
 
 
 def parse(raw: bytes, table: type[Table], where: str, *, newer_minor: bool = False) -> Table:
@@ -58,9 +60,26 @@ def parse(raw: bytes, table: type[Table], where: str, *, newer_minor: bool = Fal
         UnsupportedFeatureError: VER-4, before anything else of the table is looked at.
         FormatError: JSON-1 to JSON-4, VER-3, LIM-1.
     """
-    document = _document(raw, where)
+    _check_nbytes(raw, where)
+    parsed = _as_written(raw, table)
+    document = _document(raw, where) if parsed is None else structs.asdict(parsed)
     _check_features_first(document, where)
-    return _convert(document, table, where, newer_minor=newer_minor)
+    return _convert(document, table, where, newer_minor=newer_minor) if parsed is None else parsed
+
+
+def _as_written(raw: bytes, table: type[Table]) -> Table | None:
+    """What *raw* says, if it is byte for byte what this version writes for it; None where it must be looked at closely.
+
+    What is written from a parsed table has no key twice, none that is unknown, no number that is none, no half of a
+    surrogate pair, and is no deeper than its type: where it equals what was read, that has none of these either. This
+    takes a fifth of the time of finding them one by one, which no bundle needs that nobody has edited.
+    """
+    try:
+        parsed = msgspec.json.decode(raw, type=table)
+        written = _as_it_is(parsed)
+    except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError):
+        return None
+    return parsed if written == raw else None
 
 
 def is_newer_minor(manifest: Manifest) -> bool:
@@ -80,13 +99,16 @@ def check_features(required: tuple[str, ...], where: str) -> None:
 def _check_features_first(document: dict[str, Any], where: str) -> None:
     """A feature may bring keys and kinds of its own: it is what must be named, not they."""
     features = document.get("required_features")
-    if isinstance(features, list):
+    if isinstance(features, list | tuple):
         check_features(tuple(str(feature) for feature in features), where)
 
 
-def _document(raw: bytes, where: str) -> dict[str, Any]:
+def _check_nbytes(raw: bytes, where: str) -> None:
     if len(raw) > MAX_JSON_NBYTES:
         raise FormatError("JSON-4", where, f"has {len(raw)} bytes, over the limit of {MAX_JSON_NBYTES}")
+
+
+def _document(raw: bytes, where: str) -> dict[str, Any]:
     try:
         text = raw.decode("utf-8")
         document = _load(text, where)
@@ -224,11 +246,15 @@ def _unknown_keys(raw: object, parsed: object, place: str) -> Iterator[str]:
 
 def serialise(table: BaseTable | GroupTable | TaskTable) -> bytes:
     """The bytes of a table: compact JSON, keys in the order of the type."""
-    return msgspec.json.encode(table) + b"\n"
+    return _as_it_is(table)
 
 
 def serialise_manifest(manifest: Manifest) -> bytes:
     """The bytes of tallstore.json, for people to read, sealed with its own sha256 (whatever `manifest_sha256` said)."""
-    zeroed = msgspec.structs.replace(manifest, manifest_sha256="0" * 64)
-    raw = msgspec.json.format(msgspec.json.encode(zeroed), indent=2) + b"\n"
+    raw = _as_it_is(structs.replace(manifest, manifest_sha256="0" * 64))
     return raw.replace(b"0" * 64, hashlib.sha256(raw).hexdigest().encode(), 1)
+
+
+def _as_it_is(table: Manifest | BaseTable | GroupTable | TaskTable) -> bytes:
+    raw = msgspec.json.encode(table)
+    return (msgspec.json.format(raw, indent=2) if isinstance(table, Manifest) else raw) + b"\n"

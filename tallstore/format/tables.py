@@ -12,8 +12,6 @@ from itertools import pairwise
 from operator import attrgetter, itemgetter
 from typing import TypeVar
 
-import numpy as np
-
 from tallstore.errors import FormatError
 from tallstore.format import layout
 from tallstore.format.dtypes import CODED, chunk_count
@@ -53,7 +51,7 @@ from tallstore.format.payloads import (
     group_vectors,
     task_payloads,
 )
-from tallstore.format.r13 import is_r13
+from tallstore.format.r13 import is_r13_number
 from tallstore.format.shards import POOL_ALIGNMENT
 
 MAX_NAME_NBYTES = 1024
@@ -114,13 +112,18 @@ def _check_tasks(manifest: Manifest, paths: set[str]) -> Problems:
 
 
 def _check_file(file: FileEntry) -> Problems:
-    where = f"{layout.MANIFEST}, file {file.path[:200]!r}"
     if not layout.is_bundle_path(file.path):
-        yield FormatError("PATH-1", where, "is not a path that a bundle can have")
+        yield FormatError("PATH-1", _listed(file), "is not a path that a bundle can have")
     if file.path.startswith("files/") and file.path != layout.companion_path(file.sha256):
-        yield FormatError("FILE-2", where, "is not named after its sha256")
+        yield FormatError("FILE-2", _listed(file), "is not named after its sha256")
     if (file.git_oid is None) is not file.path.endswith(".safetensors"):
-        yield FormatError("FILE-5", where, "has a git_oid where it must be null, or null where it must have one")
+        yield FormatError(
+            "FILE-5", _listed(file), "has a git_oid where it must be null, or null where it must have one"
+        )
+
+
+def _listed(file: FileEntry) -> str:
+    return f"{layout.MANIFEST}, file {file.path[:200]!r}"
 
 
 def _check_listed(path: str, paths: set[str], where: str) -> Problems:
@@ -316,7 +319,7 @@ def _check_code(coded: Coded, vectors: Vectors | None, where: str) -> Problems:
         yield FormatError("TAB-1", where, "is coded, and has no elements")
     if (code.gain is None) is (code.gains is None):
         yield FormatError("TAB-7", where, "has either a gain or gains, not both and not neither")
-    if code.gain is not None and not _is_r13(code.gain):
+    if code.gain is not None and not is_r13_number(code.gain):
         yield FormatError("NUM-1", where, f"its gain {code.gain!r} is not an r13 number")
     yield from _check_row_axes(code.row_axes, coded.shape, where)
     if isinstance(code, Sparse):
@@ -336,12 +339,6 @@ def _check_sparse(code: Sparse, numel: int, where: str) -> Problems:
     yield from _check_null(code.values, code.count, where)
     if code.count > numel:
         yield FormatError("TAB-9", where, f"says that {code.count} of its {numel} bits are set")
-
-
-def _is_r13(gain: float) -> bool:
-    with np.errstate(over="ignore"):
-        single = np.float32(gain)
-    return float(single) == gain and bool(is_r13(np.asarray(single)))
 
 
 def _check_companions(table: TaskTable, files: Mapping[str, FileEntry], where: str) -> Problems:

@@ -72,6 +72,13 @@ JSON = st.recursive(
 
 
 @given(TASKS)
+def test_a_table_says_the_same_however_it_is_spaced(table):
+    raw = serialise(table)
+    spaced = json.dumps(json.loads(raw), indent=1).encode()
+    assert parse(raw, TaskTable, "here") == parse(spaced, TaskTable, "here") == table
+
+
+@given(TASKS)
 def test_a_task_table_round_trips(table):
     raw = serialise(table)
     assert parse(raw, TaskTable, "here") == table

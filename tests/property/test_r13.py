@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tallstore.format.r13 import LARGEST, SMALLEST, in_range, is_r13, r13, row_scales
+from tallstore.format.r13 import LARGEST, SMALLEST, in_range, is_r13, is_r13_number, r13, row_scales
 
 FINITE = st.floats(min_value=-(2.0**126), max_value=2.0**126)
 EXPONENTS = st.integers(-70, 70)
@@ -53,6 +53,13 @@ def test_keeps_every_r13_number_and_knows_it(value):
     assert in_range(stored).tolist() == [inside]
     if inside:
         assert float(r13(value)) == value
+
+
+@given(st.one_of(st.floats(), st.floats(width=32), numbers_of_thirteen_bits()))
+def test_one_number_is_judged_as_an_array_of_them_is(value):
+    with np.errstate(over="ignore"):
+        single = np.array([value], np.float32)
+    assert is_r13_number(value) is (float(single[0]) == value and bool(is_r13(single)[0]))
 
 
 @given(FINITE)

@@ -246,6 +246,23 @@ def test_a_key_that_stands_twice_is_found_quickly_and_shown_shortly():
     assert len(str(refusal(b'{"%b": 0, "%b": 0}' % (long_name, long_name), TaskTable))) < 200
 
 
+@pytest.mark.parametrize(("document", "table"), TABLES)
+def test_one_key_that_stands_twice_in_what_is_otherwise_as_it_is_written(document, table):
+    raw = serialise(parse(json.dumps(document).encode(), table, WHERE))
+    first = raw[1 : raw.index(b",") + 1]
+    with pytest.raises(FormatError, match=r"has the key 'format' twice in one object \[JSON-2\]"):
+        parse(b"{" + first + raw[1:], table, WHERE)
+
+
+@pytest.mark.parametrize(("document", "table"), TABLES)
+def test_what_is_as_it_is_written_needs_no_closer_look(monkeypatch, document, table):
+    parsed = parse(json.dumps(document).encode(), table, WHERE)
+    written = serialise_manifest(parse_manifest(sealed(MANIFEST), WHERE))
+    monkeypatch.setattr(parsing, "_document", None)
+    assert parse(serialise(parsed), table, WHERE) == parsed
+    assert serialise_manifest(parse_manifest(written, WHERE)) == written
+
+
 def test_a_file_over_the_limit_is_refused_before_it_is_parsed(monkeypatch):
     monkeypatch.setattr(parsing, "MAX_JSON_NBYTES", 10)
     assert refusal(b" " * 11).rule == "JSON-4"
