@@ -1,14 +1,17 @@
-"""How long one expert takes to load into memory, beside loading its full checkpoint.
+"""How long one expert takes to load into memory, beside loading its full checkpoint, in our files and in others'.
 
-    python benchmarks/load.py --numel 100_000_000 [--dtypes float32 bfloat16] [--repeats 7] [--cold]
+    pip install tensorizer==2.12.1 zipnn==0.5.4 flashpack==0.4.5 deltatensors==0.2.0 runai-model-streamer==0.17.0
+    python benchmarks/load.py --numel 100_000_000 [--dtypes float32 bfloat16] [--repeats 7] [--cold] [--only TEXT]
     python benchmarks/load.py --experts DIR
     python benchmarks/load.py --built DIR
 
 --numel makes a random base and two fine-tunes of that many parameters; DIR of --experts is as for fidelity.py; DIR of
 --built holds `base` and a directory a task, each with a model.safetensors. Every load runs in a forked process of its
 own: its memory is new, as it is for whoever loads a model, and what one load leaves behind is no other's gain. Loads
-take turns; --cold drops the files that are read from the page cache before each. The result is memory of the
-process's own in every row, so that all bytes were moved.
+take turns; --cold drops the files that are read from the page cache before each, and adds a second expert, whose own
+files are dropped while those that experts share are not. The result is memory of the process's own in every row, of
+the checkpoint's dtypes, so that all bytes were moved. A library that is not installed, or whose load fails, is left
+out, with a line that says so.
 """
 
 from __future__ import annotations
@@ -23,27 +26,28 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from apart import apart
 from fidelity import copy_as, run_experts
 from memory import anonymous_nbytes
+from peer_formats import FORMATS, Format, State, missing, release, weights
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
-from tallstore import __version__, open_bundle, pack  # before a process is forked: no load is to wait for imports
+# Before a process is forked: no load is to wait for imports.
+from tallstore import Bundle, Sign, SignedMask, TallMask, __version__, open_bundle, pack
+from tallstore.fit import Method
 
 WIDTH = 1024  # of a synthetic layer
 REFERENCE = "safetensors, mmap + clone"
 MIB = 1 << 20
-
-State = dict[str, Tensor]
+METHODS: dict[str, Method] = {"signed-mask": SignedMask(), "tall-mask": TallMask(), "sign": Sign()}
+PACKAGES = ("safetensors", *dict.fromkeys(chosen.package for chosen in FORMATS))
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,15 @@ class Loader:
     """One way to load an expert.
 
     Attributes:
-        load: gives its tensors.
-        files: that it reads.
+        start: gets ready, and gives the load itself, whose result is the expert's tensors.
+        files: that it reads, and that are dropped from the page cache where loads are cold.
+        kept: that it reads, and that are in the page cache all the same.
     """
 
     name: str
-    load: Callable[[], State]
+    start: Callable[[], Callable[[], State]]
     files: tuple[Path, ...]
+    kept: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,56 @@ class Measured:
     wall: float
     cpu: float
     beyond: float
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where checkpoints, our bundle and others' files are.
+
+    Attributes:
+        checkpoints: a directory of `base`, and one of each task, each with a model.safetensors.
+        scratch: a directory for all other files.
+        tasks: the first one's expert is loaded, and the second one's after it.
+    """
+
+    checkpoints: Path
+    scratch: Path
+    tasks: tuple[str, ...]
+
+    @property
+    def base(self) -> Path:
+        """The base's directory."""
+        return self.checkpoints / "base"
+
+    @property
+    def expert(self) -> Path:
+        """The first expert's directory."""
+        return self.checkpoints / self.tasks[0]
+
+    @property
+    def bundle(self) -> Path:
+        """Our bundle."""
+        return self.scratch / "bundle"
+
+    @property
+    def pickled(self) -> Path:
+        """The first expert in the format of `torch.save`."""
+        return self.scratch / "model.pt"
+
+    def in_format(self, chosen: Format) -> Path:
+        """The first expert in another library's format."""
+        return self.scratch / chosen.name.replace(" ", "-")
+
+    def own_files(self, task: str) -> tuple[Path, ...]:
+        """What of our bundle is *task*'s alone."""
+        with open_bundle(self.bundle) as bundle:
+            slug = next(entry.slug for entry in bundle.manifest.tasks if entry.name == task)
+        return tuple(path for path in sorted((self.bundle / "tasks" / slug).iterdir()))
+
+    def shared_files(self) -> tuple[Path, ...]:
+        """What every expert of our bundle needs."""
+        tables = tuple(self.bundle.glob("*.json"))
+        return (*tables, *(path for path in sorted(self.bundle.glob("groups/*/*"))), weights(self.base))
 
 
 # --- what is loaded ---
@@ -89,12 +145,31 @@ def write_synthetic(root: Path, numel: int) -> None:
         save_file(moved, root / name / "model.safetensors")
 
 
-def prepare(checkpoints: Path, scratch: Path) -> str:
-    """Pack all experts, and write one in torch's own format; that one's name."""
-    tasks = sorted(path.name for path in checkpoints.iterdir() if path.is_dir() and path.name != "base")
-    pack(checkpoints / "base", {task: checkpoints / task for task in tasks}, scratch / "bundle")
-    torch.save(read_and_clone(checkpoints / tasks[0] / "model.safetensors"), scratch / "model.pt")
-    return tasks[0]
+def tasks_in(checkpoints: Path) -> tuple[str, ...]:
+    """All names but the base's."""
+    return tuple(sorted(path.name for path in checkpoints.iterdir() if path.is_dir() and path.name != "base"))
+
+
+def prepare(place: Place, method: str) -> None:
+    """Pack all experts, and write the first in torch's own format."""
+    experts = {task: place.checkpoints / task for task in place.tasks}
+    pack(place.base, experts, place.bundle, method=METHODS[method])
+    torch.save(read_and_clone(weights(place.expert)), place.pickled)
+
+
+def prepare_formats(place: Place, wanted: str) -> Iterator[Format]:
+    """Write the first expert in each format of a name with *wanted* in it; those that could be written."""
+    for chosen in (chosen for chosen in FORMATS if wanted in chosen.name):
+        reason = missing(chosen.name, chosen.package)
+        if reason is None:
+            try:
+                apart(lambda chosen=chosen: chosen.write(place.expert, place.base, place.in_format(chosen)))
+            except SystemExit:
+                reason = f"{chosen.name}: left out, {release(chosen.package)} could not write the expert"
+        if reason is None:
+            yield chosen
+        else:
+            print(reason, file=sys.stderr)
 
 
 # --- how it is loaded ---
@@ -135,48 +210,77 @@ def load_expert(bundle: Path, base: Path, task: str, verify: str) -> State:
         return opened.state_dict(task)
 
 
-def loaders(checkpoints: Path, scratch: Path, task: str) -> list[Loader]:
-    """Everything that is compared, in the order of the table."""
-    full, pickled = checkpoints / task / "model.safetensors", scratch / "model.pt"
-    bundle, base = scratch / "bundle", checkpoints / "base"
-    ours = (*(path for path in sorted(bundle.rglob("*")) if path.is_file()), base / "model.safetensors")
-    return [
-        Loader(REFERENCE, lambda: read_and_clone(full), (full,)),
-        Loader("safetensors, pread", lambda: pread(full), (full,)),
-        Loader("torch.load", lambda: load_torch(pickled, mapped=False), (pickled,)),
-        Loader("torch.load, mmap + clone", lambda: load_torch(pickled, mapped=True), (pickled,)),
-        # Other stores of weights go here: each a Loader of the same expert.
-        Loader("tallstore, verify='never'", lambda: load_expert(bundle, base, task, "never"), ours),
-        Loader("tallstore", lambda: load_expert(bundle, base, task, "first-read"), ours),
+def after_another(bundle: Path, base: Path, first: str, second: str) -> Callable[[], State]:
+    """The load of a second expert from a bundle that is open, and has given a first one."""
+    opened: Bundle = open_bundle(bundle, base=base)
+    opened.state_dict(first)
+    return lambda: opened.state_dict(second)
+
+
+def load_format(chosen: Format, place: Place) -> Callable[[], State]:
+    """The load from another library's file, which is imported."""
+    chosen.ready()
+    dtypes = {name: value.dtype for name, value in views(weights(place.expert)).items()}
+
+    def load() -> State:
+        state = chosen.read(place.in_format(chosen), place.base)
+        return {name: state[name].to(dtype) for name, dtype in dtypes.items()}
+
+    return load
+
+
+def views(path: Path) -> State:
+    """Views of a mapped file, of which nothing is read."""
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+
+
+def loaders(place: Place, formats: list[Format], wanted: str, *, cold: bool) -> list[Loader]:
+    """Everything that is compared, in the order of the table: the reference, and names with *wanted* in them."""
+    full, pickled, base = weights(place.expert), place.pickled, place.base
+    first, second = place.tasks[:2]
+    shared, ours = place.shared_files(), (*place.own_files(first), *place.shared_files())
+    found = [
+        Loader(REFERENCE, lambda: partial(read_and_clone, full), (full,)),
+        Loader("safetensors, pread", lambda: partial(pread, full), (full,)),
+        Loader("torch.load", lambda: partial(load_torch, pickled, mapped=False), (pickled,)),
+        Loader("torch.load, mmap + clone", lambda: partial(load_torch, pickled, mapped=True), (pickled,)),
+        *(
+            Loader(
+                chosen.name,
+                partial(load_format, chosen, place),
+                (place.in_format(chosen), *([weights(base)] if chosen.reads_base else [])),
+            )
+            for chosen in formats
+        ),
+        *(
+            Loader(
+                f"tallstore, verify={verify!r}" if verify == "never" else "tallstore",
+                lambda verify=verify: partial(load_expert, place.bundle, base, first, verify),
+                ours,
+            )
+            for verify in ("never", "first-read")
+        ),
     ]
+    if cold:
+        found += [
+            Loader(
+                "tallstore, one expert, base and merged warm",
+                lambda: partial(load_expert, place.bundle, base, first, "first-read"),
+                place.own_files(first),
+                shared,
+            ),
+            Loader(
+                "tallstore, second expert of an open bundle, base and merged warm",
+                lambda: after_another(place.bundle, base, first, second),
+                place.own_files(second),
+                shared,
+            ),
+        ]
+    return [loader for loader in found if wanted in loader.name or loader.name == REFERENCE]
 
 
 # --- measuring ---
-
-
-def apart(work: Callable[[], Any]) -> Any:  # noqa: ANN401 - whatever JSON holds
-    """What *work* returns, from a process of its own.
-
-    This process itself computes nothing: OpenMP's threads, once begun, do not come along to a forked process.
-    """
-    sys.stdout.flush()
-    receiver, sender = os.pipe()
-    child = os.fork()
-    if not child:
-        status = 1
-        try:
-            os.write(sender, json.dumps(work()).encode())
-            status = 0
-        except Exception:  # noqa: BLE001 - said here, and told by the status
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    os.close(sender)
-    with open(receiver, "rb") as pipe:  # noqa: PTH123 - a descriptor
-        raw = pipe.read()
-    if os.waitpid(child, 0)[1]:
-        raise SystemExit("it failed")
-    return json.loads(raw)
 
 
 def measure(loader: Loader, threads: int, *, watch: bool) -> Measured:
@@ -187,7 +291,7 @@ def measure(loader: Loader, threads: int, *, watch: bool) -> Measured:
 def measure_here(loader: Loader, threads: int, *, watch: bool) -> tuple[float, float, float]:
     """One load in this process, as `Measured` takes it."""
     torch.set_num_threads(threads)
-    before = peak = anonymous_nbytes()
+    peak = 0
     done = threading.Event()
 
     def follow() -> None:
@@ -195,17 +299,36 @@ def measure_here(loader: Loader, threads: int, *, watch: bool) -> tuple[float, f
         while not done.wait(0.001):
             peak = max(peak, anonymous_nbytes())
 
+    load = loader.start()
+    before = peak = anonymous_nbytes()
     watcher = threading.Thread(target=follow)
     if watch:
         watcher.start()
     cpu, begun = time.process_time(), time.perf_counter()
-    state = loader.load()
+    state = load()
     wall, cpu = time.perf_counter() - begun, time.process_time() - cpu
-    peak = max(peak, anonymous_nbytes())
+    after = anonymous_nbytes()
+    peak = max(peak, after)
     if watch:
         done.set()
         watcher.join()
-    return wall, cpu, peak - before - sum(tensor.nbytes for tensor in state.values())
+        check_own(state, after - before, loader.name)
+    return wall, cpu, peak - before - nbytes(state)
+
+
+def nbytes(state: State) -> int:
+    """Bytes of all tensors."""
+    return sum(tensor.nbytes for tensor in state.values())
+
+
+def check_own(state: State, grown: int, name: str) -> None:
+    """Whether the tensors are memory of the process's own: it must have grown by nearly all of them.
+
+    Raises:
+        RuntimeError: they are views of files, or of memory that somebody else has.
+    """
+    if grown < 0.9 * nbytes(state) - 16 * MIB:  # what was free before is used too
+        raise RuntimeError(f"{name}: {nbytes(state)} bytes of tensors, and {grown} of memory")
 
 
 def forget(files: tuple[Path, ...]) -> None:
@@ -216,21 +339,39 @@ def forget(files: tuple[Path, ...]) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def remember(files: tuple[Path, ...]) -> None:
+    """Have the files in the page cache."""
+    for path in files:
+        with path.open("rb", buffering=0) as file:
+            while file.read(16 * MIB):
+                pass
+
+
+def try_out(loader: Loader, threads: int) -> float | None:
+    """The anonymous bytes of a load beyond its result; None, and a line, where it fails."""
+    try:
+        return measure(loader, threads, watch=True).beyond
+    except SystemExit:
+        print(f"{loader.name}: left out, its load failed", file=sys.stderr)
+        return None
+
+
 def rounds(compared: list[Loader], repeats: int, threads: int, *, cold: bool) -> dict[str, list[Measured]]:
-    """Every loader *repeats* times, in turns."""
+    """Every loader *repeats* times, in turns; all files were read before."""
     found: dict[str, list[Measured]] = {loader.name: [] for loader in compared}
-    for turn in range(repeats + 1):
+    for _ in range(repeats):
         for loader in compared:
             if cold:
                 forget(loader.files)
-            measured = measure(loader, threads, watch=False)
-            if turn:  # the first brings the files into the cache
-                found[loader.name].append(measured)
+                remember(loader.kept)
+            found[loader.name].append(measure(loader, threads, watch=False))
     return found
 
 
-def table(compared: list[Loader], repeats: int, threads: int, *, cold: bool) -> Iterator[str]:
+def table(tried: list[Loader], repeats: int, threads: int, *, cold: bool) -> Iterator[str]:
     """The lines of one table."""
+    beyond = {loader.name: found for loader in tried if (found := try_out(loader, threads)) is not None}
+    compared = [loader for loader in tried if loader.name in beyond]
     found = rounds(compared, repeats, threads, cold=cold)
     reference = [measured.wall for measured in found[REFERENCE]]
     yield "| | median ms | against the first | lowest, highest ratio of a turn | processor ms | MiB beyond the result |"
@@ -239,11 +380,17 @@ def table(compared: list[Loader], repeats: int, threads: int, *, cold: bool) -> 
         walls = [measured.wall for measured in found[loader.name]]
         ratios = sorted(wall / first for wall, first in zip(walls, reference, strict=True))
         cpu = statistics.median(measured.cpu for measured in found[loader.name])
-        beyond = measure(loader, threads, watch=True).beyond
         yield (
             f"| {loader.name} | {1e3 * statistics.median(walls):.1f} | {statistics.median(ratios):.2f} |"
-            f" {ratios[0]:.2f}, {ratios[-1]:.2f} | {1e3 * cpu:.1f} | {max(0, beyond) / MIB:.0f} |"
+            f" {ratios[0]:.2f}, {ratios[-1]:.2f} | {1e3 * cpu:.1f} | {max(0, beyond[loader.name]) / MIB:.0f} |"
         )
+
+
+def one_more(place: Place) -> str:
+    """What one more task takes to read and to keep, beside its expert in float32."""
+    own = sum(path.stat().st_size for path in place.own_files(place.tasks[0]))
+    full = 4 * sum(tensor.numel() for tensor in views(weights(place.expert)).values())
+    return f"One more task: {own / 1e6:.2f} MB of files of its own, 1/{full / own:.1f} of its expert in float32."
 
 
 @contextlib.contextmanager
@@ -269,23 +416,29 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="5 or more")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cold", action="store_true", help="also with nothing in the page cache")
+    parser.add_argument("--method", choices=list(METHODS), default="signed-mask", help="that our bundle is packed with")
+    parser.add_argument("--only", default="", metavar="TEXT", help="leave out what has not this text in its name")
     arguments = parser.parse_args()
+    packages = [release(package) for package in PACKAGES if missing("", package) is None]
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, tallstore {__version__}"
-    print(f"{os.cpu_count()} processors, {arguments.threads} threads; {versions}", flush=True)
+    print(f"{os.cpu_count()} processors, {arguments.threads} threads; {', '.join([versions, *packages])}", flush=True)
     with built(arguments) as checkpoints:
         for dtype in arguments.dtypes:
             with tempfile.TemporaryDirectory(prefix="tallstore-load-") as name:
-                scratch, cast = Path(name), checkpoints
+                cast = checkpoints
                 if dtype != "float32":
-                    cast = scratch / dtype
+                    cast = Path(name) / dtype
                     apart(partial(copy_as, getattr(torch, dtype), checkpoints, cast))
-                task = apart(partial(prepare, cast, scratch))
-                compared = loaders(cast, scratch, task)
+                place = Place(cast, Path(name), tasks_in(cast))
+                apart(partial(prepare, place, arguments.method))
+                formats = list(prepare_formats(place, arguments.only))
                 for cold in (False, True)[: 1 + arguments.cold]:
                     print(f"\n{dtype}, {'cold' if cold else 'warm'}\n")
+                    compared = loaders(place, formats, arguments.only, cold=cold)
                     for line in table(compared, arguments.repeats, arguments.threads, cold=cold):
                         print(line, flush=True)
+                print(f"\n{one_more(place)}", flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

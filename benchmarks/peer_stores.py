@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 import torch
 import zstandard
+from peer_formats import DELTATENSORS, ZIPNN, Format, missing, release
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 SMALL = 4096  # tensors below it stay whole where the formula is ours to run
 XET_CHUNK = 8192  # bytes: no chunk of the Hub's deduplication is smaller
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("DO_NOT_TRACK", "1")
 
 
 @dataclass(frozen=True)
@@ -64,15 +58,11 @@ class Peer:
 
     def missing(self) -> str | None:
         """Why it cannot run here, or None."""
-        try:
-            self.release()
-        except PackageNotFoundError:
-            return f"{self.name}: skipped, {self.package} is not installed (pip install {self.package})"
-        return None
+        return missing(self.name, self.package)
 
     def release(self) -> str:
         """Package and version, or an empty text."""
-        return "" if self.package is None else f"{self.package} {version(self.package)}"
+        return "" if self.package is None else release(self.package)
 
 
 def checkpoint(dtype: torch.dtype | None) -> Store:
@@ -143,14 +133,15 @@ def hub_chunks(expert: Expert, folder: Path) -> Stored:  # noqa: ARG001 - nothin
     return Stored(raw.size - int(runs[runs >= XET_CHUNK].sum()), load_file(expert.finetuned_file))
 
 
-def zipnn(expert: Expert, folder: Path) -> Stored:
-    """ZipNN on the checkpoint's bytes."""
-    from zipnn import ZipNN  # noqa: PLC0415 - may be missing
+def in_format(chosen: Format) -> Store:
+    """A file of another library."""
 
-    dtype = "bfloat16" if _dtype(expert) is torch.bfloat16 else "float32"
-    raw = bytearray(expert.finetuned_file.read_bytes())  # a copy: it writes over its input
-    compressed = ZipNN(input_format="byte", bytearray_dtype=dtype).compress(raw)
-    return _read_back(folder, compressed, ZipNN(input_format="byte", bytearray_dtype=dtype).decompress)
+    def store(expert: Expert, folder: Path) -> Stored:
+        path = folder / "expert"
+        chosen.write(expert.finetuned, expert.base, path)
+        return Stored(path.stat().st_size, chosen.read(path, expert.base))
+
+    return store
 
 
 def fireworks(expert: Expert, folder: Path) -> Stored:
@@ -168,21 +159,6 @@ def fireworks(expert: Expert, folder: Path) -> Stored:
         warnings.filterwarnings("ignore", "The given buffer is not writable")
         back = delta_decompress_dict_from_file(src=base, diff_file=str(path), compression_format="arc_v2")
     return Stored(path.stat().st_size, back)
-
-
-def deltatensors(strategy: str) -> Store:
-    """A .wdelta file."""
-
-    def store(expert: Expert, folder: Path) -> Stored:
-        import deltatensors  # noqa: PLC0415 - may be missing
-
-        path = folder / "expert.wdelta"
-        with contextlib.redirect_stdout(io.StringIO()):
-            deltatensors.save_delta_from_paths(path, expert.finetuned, expert.base, strategy=strategy, use_gpu=False)
-            back = deltatensors.load_delta_from_paths(path, expert.base)
-        return Stored(path.stat().st_size, {name: torch.from_numpy(value) for name, value in back.items()})
-
-    return store
 
 
 def bitdelta(expert: Expert, folder: Path) -> Stored:
@@ -290,11 +266,11 @@ def peers(dtype: str) -> Iterator[Peer]:
     yield Peer("zstd -3", "zstandard", zstd_file(3))
     yield Peer("zstd -19", "zstandard", zstd_file(19))
     yield Peer("zstd -3 --patch-from the base", "zstandard", zstd_patch(3))
-    yield Peer("ZipNN", "zipnn", zipnn)
+    yield Peer("ZipNN", "zipnn", in_format(ZIPNN))
     yield Peer("XOR with the base, byte planes, zstd -3", "zstandard", zstd_xor(3))
     yield Peer("Fireworks delta, arc_v2", "fireworks-delta-compression", fireworks)
-    yield Peer("deltatensors, int4", "deltatensors", deltatensors("int4"))
-    yield Peer("deltatensors, 1 bit", "deltatensors", deltatensors("quantized"))
+    yield Peer("deltatensors, int4", "deltatensors", in_format(DELTATENSORS["int4"]))
+    yield Peer("deltatensors, 1 bit", "deltatensors", in_format(DELTATENSORS["quantized"]))
     yield Peer("BitDelta's formula, scales not trained", None, bitdelta)
     yield Peer("LoRA by SVD, rank 64", "peft", lora(64))
     yield Peer("LoRA by SVD, rank 16", "peft", lora(16))

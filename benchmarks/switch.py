@@ -4,11 +4,14 @@
 
 DIR has a folder `base` and one for each expert, in Hugging Face layout. Without it, experts are made up: a normally
 distributed base, and two tasks that move a twentieth of its size. Every way is timed in turn, round after round, in one
-process; the table has medians. The model is what holds the tensors, and computes nothing.
+process; the table has medians. The model is what holds the tensors, and computes nothing. PEFT (pip install
+peft==0.21.2) is left out where it is not installed.
 
 - `torch.add`: base + merged, float tensors of the model's dtype, into the model's own tensors: reads two numbers a
   parameter and writes one, which a switch from a base of that dtype does at least.
 - `load_state_dict`: of a full expert in memory, and of one in a safetensors file that the system has cached.
+- PEFT: unmerge one LoRA adapter of rank 16 and merge another, in linear layers of the shapes of all matrices. Its
+  experts are what such adapters can say; it, too, leaves the model as fast as the base.
 - `set_expert`: masks in memory; read by `prefetch` before; or read at the switch from files that the system has cached.
 """
 
@@ -16,18 +19,22 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
+from peer_formats import missing, release
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tallstore
 
 WIDTH = 1024
+RANK = 16
+LORA = f"PEFT, merged LoRA of rank {RANK}"
 LAYER = {"attention.weight": (WIDTH, WIDTH), "up.weight": (4 * WIDTH, WIDTH), "norm.weight": (WIDTH,)}
 
 
@@ -104,6 +111,35 @@ def measure(
     return {way: statistics.median(found[1:]) for way, found in seconds.items()}
 
 
+def lora_switch(base: Mapping[str, Tensor], tasks: list[str]) -> Callable[[str], None]:
+    """Takes the adapter that is merged out of linear layers of all matrices' shapes, and merges a task's."""
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415 - heavy, and may be missing
+
+    layers = nn.ModuleDict()
+    for name, tensor in base.items():
+        if tensor.ndim == 2 and tensor.is_floating_point() and min(tensor.shape) >= RANK:
+            layer = nn.Linear(*reversed(tensor.shape), bias=False, device="meta")
+            layer.weight = nn.Parameter(tensor.clone(), requires_grad=False)
+            layers[name.replace(".", "-")] = layer
+    options = LoraConfig(r=RANK, target_modules=list(layers))
+    adapters = {task: f"adapter-{number}" for number, task in enumerate(tasks)}
+    model = get_peft_model(layers, options, adapter_name=adapters[tasks[0]])
+    for task in tasks[1:]:
+        model.add_adapter(adapters[task], options)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # begins at 0
+            nn.init.normal_(parameter.data, std=0.01)
+    tuner = model.base_model
+    tuner.merge_adapter([adapters[tasks[0]]])
+
+    def switch(task: str) -> None:
+        tuner.unmerge_adapter()
+        tuner.set_adapter(adapters[task])
+        tuner.merge_adapter([adapters[task]])
+
+    return switch
+
+
 def compare(paths: Mapping[str, Path], root: Path, repeats: int) -> tuple[dict[str, float], int]:
     """Pack, check that a switch gives the expert's bits, time every way.
 
@@ -138,13 +174,14 @@ def compare(paths: Mapping[str, Path], root: Path, repeats: int) -> tuple[dict[s
             forget(task)
             forgetful.prefetch(task).result()
 
-        ways = {
+        ways: dict[str, tuple[Callable[[str], None], Callable[[str], None]]] = {
             "torch.add": (nothing, add),
             "load_state_dict, in memory": (nothing, lambda _: model.load_state_dict(checkpoint) and None),
             "load_state_dict, from a file": (
                 nothing,
                 lambda task: model.load_state_dict(load_file(paths[task])) and None,
             ),
+            **({LORA: (nothing, lora_switch(base, tasks))} if missing(LORA, "peft") is None else {}),
             "set_expert": (nothing, switcher.set_expert),
             "set_expert, prefetched": (prefetch, forgetful.set_expert),
             "set_expert, masks read": (forget, forgetful.set_expert),
@@ -160,7 +197,13 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=9)
     arguments = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; medians of {arguments.repeats}\n")
+    lacking = missing(LORA, "peft")
+    if lacking is not None:
+        print(lacking, file=sys.stderr)
+    versions = f"torch {torch.__version__}, tallstore {tallstore.__version__}" + (
+        "" if lacking else f", {release('peft')}"
+    )
+    print(f"{versions}; {torch.get_num_threads()} threads; medians of {arguments.repeats}\n")
     print("| experts | parameters | dtype | way | ms | against torch.add |")
     print("|---|---|---|---|---|---|")
     for dtype in arguments.dtypes:

@@ -42,7 +42,7 @@ def expert(request, stores, tmp_path):
         (lambda stores: stores.zstd_patch(3), None),
         (lambda stores: stores.zstd_xor(3), None),
         (lambda stores: stores.hub_chunks, None),
-        (lambda stores: stores.zipnn, "zipnn"),
+        (lambda stores: stores.in_format(stores.ZIPNN), "zipnn"),
         (lambda stores: stores.fireworks, "fireworks_delta_compression"),
     ],
     ids=["checkpoint", "zstd", "patch", "xor", "hub", "zipnn", "fireworks"],
