@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -22,7 +23,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from operator import truediv
 from pathlib import Path
 
 import msgspec
@@ -35,6 +35,8 @@ from tallstore.format import layout, manifest, parsing
 
 NUMEL = 4096
 TASK = "task-{:04d}"
+Seconds = tuple[float, float]  # of the clock, and of processors
+
 PYTHON = "python -c 'import numpy'"
 
 
@@ -89,27 +91,27 @@ def multiply(bundle: Path, task: str, copies: int) -> None:
 # --- calls ---
 
 
-def clocked(call: Callable[[], object]) -> float:
-    """Seconds of a call in this process."""
-    begun = time.perf_counter()
+def clocked(call: Callable[[], object], processor: Callable[[], float] = time.process_time) -> Seconds:
+    """A call in this process."""
+    cpu, begun = processor(), time.perf_counter()
     call()
-    return time.perf_counter() - begun
+    return time.perf_counter() - begun, processor() - cpu
 
 
-def first_call(bundle: Path, base: Path, call: Callable[[Bundle], object]) -> float:
-    """Seconds of the first call on a bundle that was just opened."""
+def first_call(bundle: Path, base: Path, call: Callable[[Bundle], object]) -> Seconds:
+    """The first call on a bundle that was just opened."""
     with open_bundle(bundle, base=base) as opened:
         return clocked(lambda: call(opened))
 
 
-def later_task(bundle: Path, base: Path, tasks: int) -> float:
-    """Seconds of an expert when another one was rebuilt before."""
+def later_task(bundle: Path, base: Path, tasks: int) -> Seconds:
+    """An expert when another one was rebuilt before."""
     with open_bundle(bundle, base=base) as opened:
         opened.state_dict(TASK.format(0))
         return clocked(lambda: opened.state_dict(TASK.format(tasks - 2)))
 
 
-def calls(root: Path, tasks: int) -> dict[str, Callable[[], float]]:
+def calls(root: Path, tasks: int) -> dict[str, Callable[[], Seconds]]:
     """What is timed in forked processes."""
     large, base, last = root / "large", root / "base.safetensors", TASK.format(tasks - 2)
     return {
@@ -142,17 +144,24 @@ def commands(root: Path, tasks: int) -> dict[str, list[str]]:
     }
 
 
-def run(command: list[str]) -> float:
-    """Seconds of a whole process."""
-    return clocked(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
+def of_children() -> float:
+    """Processor seconds of all processes that were waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def run(command: list[str]) -> Seconds:
+    """A whole process, whose modules are compiled already, as they are wherever they were installed."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return clocked(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment), of_children)
 
 
 # --- measuring ---
 
 
-def rounds(ways: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every way, *repeats* times, in turns; the first turn fills the caches and is not counted."""
-    found: dict[str, list[float]] = {way: [] for way in ways}
+def rounds(ways: Mapping[str, Callable[[], Seconds]], repeats: int) -> dict[str, list[Seconds]]:
+    """Every way *repeats* times, in turns; the first turn fills the caches and is not counted."""
+    found: dict[str, list[Seconds]] = {way: [] for way in ways}
     for turn in range(repeats + 1):
         for way, measure in ways.items():
             seconds = measure()
@@ -161,16 +170,18 @@ def rounds(ways: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, l
     return found
 
 
-def row(way: str, seconds: list[float], against: list[float] | None) -> str:
+def row(way: str, seconds: list[Seconds], against: list[Seconds] | None) -> str:
     """A line of a table; the ratio is the median of those within a turn."""
-    median, lowest, highest = (f"{1e3 * value:.1f}" for value in (statistics.median(seconds), *spread(seconds)))
-    ratio = "" if against is None else f" {statistics.median(map(truediv, seconds, against)):.2f} |"
-    return f"| {way} | {median} | {lowest}, {highest} |{ratio}"
+    walls, cpus = zip(*seconds, strict=True)
+    cells = [way, milliseconds(statistics.median(walls)), f"{milliseconds(min(walls))}, {milliseconds(max(walls))}"]
+    if against is not None:
+        cells.append(f"{statistics.median(wall / of[0] for wall, of in zip(walls, against, strict=True)):.2f}")
+    return f"| {' | '.join([*cells, milliseconds(statistics.median(cpus))])} |"
 
 
-def spread(values: list[float]) -> tuple[float, float]:
-    """The least and the largest."""
-    return min(values), max(values)
+def milliseconds(seconds: float) -> str:
+    """With one decimal."""
+    return f"{1e3 * seconds:.1f}"
 
 
 def main() -> None:
@@ -187,11 +198,11 @@ def main() -> None:
         apart(partial(write_bundles, root, arguments.tasks, arguments.tensors))
         size = (root / "large" / layout.MANIFEST).stat().st_size
         print(f"{arguments.tasks:,} tasks, {arguments.tensors} tensors each, a manifest of {size / 1e6:.2f} MB\n")
-        print("| call | median ms | lowest, highest |\n|---|---|---|")
+        print("| call | median ms | lowest, highest | processor ms |\n|---|---|---|---|")
         timed = {way: partial(apart, call) for way, call in calls(root, arguments.tasks).items()}
         for way, seconds in rounds(timed, arguments.repeats).items():
             print(row(way, seconds, None), flush=True)
-        print(f"\n| process | median ms | lowest, highest | against {PYTHON} |\n|---|---|---|---|")
+        print(f"\n| process | median ms | lowest, highest | against {PYTHON} | processor ms |\n|---|---|---|---|---|")
         timed = {way: partial(run, command) for way, command in commands(root, arguments.tasks).items()}
         found = rounds(timed, arguments.repeats)
         for way, seconds in found.items():
