@@ -111,7 +111,7 @@ class Place:
 
     def in_format(self, chosen: Format) -> Path:
         """The first expert in another library's format."""
-        return self.scratch / chosen.name.replace(" ", "-")
+        return self.scratch / chosen.file
 
     def own_files(self, task: str) -> tuple[Path, ...]:
         """What of our bundle is *task*'s alone."""
@@ -161,7 +161,7 @@ def prepare_formats(place: Place, wanted: str) -> Iterator[Format]:
     """Write the first expert in each format of a name with *wanted* in it; those that could be written."""
     for chosen in (chosen for chosen in FORMATS if wanted in chosen.name):
         reason = missing(chosen.name, chosen.package)
-        if reason is None:
+        if reason is None and not place.in_format(chosen).exists():
             try:
                 apart(lambda chosen=chosen: chosen.write(place.expert, place.base, place.in_format(chosen)))
             except SystemExit:

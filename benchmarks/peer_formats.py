@@ -32,6 +32,7 @@ class Format:
         name: in tables.
         package: what it needs from PyPI.
         module: what is imported to read it.
+        file: its name; those that write the same share one.
         write: takes the directories of expert and base, each with a model.safetensors, and the path to write.
         read: takes that path and the base's directory.
         reads_base: whether it is a difference from the base.
@@ -40,6 +41,7 @@ class Format:
     name: str
     package: str
     module: str
+    file: str
     write: Callable[[Path, Path, Path], None]
     read: Callable[[Path, Path], State]
     reads_base: bool = False
@@ -156,7 +158,7 @@ def _read_flashpack(*, mapped: bool) -> Callable[[Path, Path], State]:
 
 
 def _link(expert: Path, _base: Path, path: Path) -> None:
-    os.link(weights(expert), path)
+    path.symlink_to(weights(expert).resolve())
 
 
 def _read_streamed(path: Path, _base: Path) -> State:
@@ -167,12 +169,13 @@ def _read_streamed(path: Path, _base: Path) -> State:
         return dict(streamer.get_tensors())
 
 
-ZIPNN = Format("zipnn", "zipnn", "zipnn", _write_zipnn, _read_zipnn)
+ZIPNN = Format("zipnn", "zipnn", "zipnn", "expert.znn", _write_zipnn, _read_zipnn)
 DELTATENSORS = {
     strategy: Format(
         f"deltatensors, {called}",
         "deltatensors",
         "deltatensors",
+        f"{strategy}.wdelta",
         _write_deltatensors(strategy),
         _read_deltatensors,
         reads_base=True,
@@ -181,11 +184,41 @@ DELTATENSORS = {
 }
 #: All that a full expert is loaded from.
 FORMATS = (
-    Format("tensorizer", "tensorizer", "tensorizer", _write_tensorizer, _read_tensorizer(verify=False)),
-    Format("tensorizer, verify_hash", "tensorizer", "tensorizer", _write_tensorizer, _read_tensorizer(verify=True)),
-    Format("flashpack, mmap + clone", "flashpack", "flashpack", _write_flashpack, _read_flashpack(mapped=True)),
-    Format("flashpack, parallel read", "flashpack", "flashpack", _write_flashpack, _read_flashpack(mapped=False)),
-    Format("runai-model-streamer", "runai-model-streamer", "runai_model_streamer", _link, _read_streamed),
+    Format(
+        "tensorizer", "tensorizer", "tensorizer", "expert.tensors", _write_tensorizer, _read_tensorizer(verify=False)
+    ),
+    Format(
+        "tensorizer, verify_hash",
+        "tensorizer",
+        "tensorizer",
+        "expert.tensors",
+        _write_tensorizer,
+        _read_tensorizer(verify=True),
+    ),
+    Format(
+        "flashpack, mmap + clone",
+        "flashpack",
+        "flashpack",
+        "expert.flashpack",
+        _write_flashpack,
+        _read_flashpack(mapped=True),
+    ),
+    Format(
+        "flashpack, parallel read",
+        "flashpack",
+        "flashpack",
+        "expert.flashpack",
+        _write_flashpack,
+        _read_flashpack(mapped=False),
+    ),
+    Format(
+        "runai-model-streamer",
+        "runai-model-streamer",
+        "runai_model_streamer",
+        "expert.safetensors",
+        _link,
+        _read_streamed,
+    ),
     ZIPNN,
     *DELTATENSORS.values(),
 )
