@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from functools import cached_property
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ class LookUp:
         self._width, self._values, self._dtype = width, values, dtype
         self._per_byte = 8 // width
         self._has_pairs = 2 * self._per_byte * dtype.itemsize <= _LARGEST_ITEM
-        self._name, self._places = f"looked up {dtype}", f"places of {dtype}"
+        self._rooms = threading.local()
 
     def __call__(self, packed: Bytes, first: int, last: int) -> Tensor:
         """The values of codes [first, last) of *packed*.
@@ -43,13 +44,28 @@ class LookUp:
         """
         begin = first // self._per_byte
         packed = packed[begin : packed_nbytes(last, self._width)]
-        by_pairs = self._has_pairs and packed.size >= _PAIRED_NBYTES and not packed.size % 2
-        table, indices = (self._pairs, packed.view("<u2")) if by_pairs else (self._bytes, packed)
-        places = scratch.tensor(self._places, indices.size, torch.int32)
-        found = scratch.tensor(self._name, packed.size * self._per_byte, self._dtype)
-        np.copyto(places.numpy(), indices)
-        torch.index_select(table, 0, places, out=found.view(table.dtype))
-        return found[first - begin * self._per_byte :][: last - first]
+        room = self._room(packed.size)
+        np.copyto(room.indices, packed.view(room.unit))
+        torch.index_select(room.table, 0, room.places, out=room.items)
+        skipped = first - begin * self._per_byte
+        if not skipped and last - first == room.elements.numel():
+            return room.elements
+        return room.elements[skipped:][: last - first]
+
+    def _room(self, nbytes: int) -> _Room:
+        """This thread's, for so many packed bytes."""
+        room: _Room | None = getattr(self._rooms, "last", None)
+        if room is None or room.nbytes != nbytes:
+            by_pairs = self._has_pairs and nbytes >= _PAIRED_NBYTES and not nbytes % 2
+            table = self._pairs if by_pairs else self._bytes
+            count = nbytes // 2 if by_pairs else nbytes
+            places = scratch.tensor(f"places of {self._dtype}", count, torch.int32)
+            elements = scratch.tensor(f"looked up {self._dtype}", nbytes * self._per_byte, self._dtype)
+            with torch.inference_mode(mode=False):  # as the scratch memory was made
+                items = elements.view(table.dtype)
+            unit: np.dtype[np.unsignedinteger] = np.dtype("<u2" if by_pairs else np.uint8)
+            room = self._rooms.last = _Room(nbytes, unit, table, places, places.numpy(), items, elements)
+        return room
 
     @cached_property
     def _bytes(self) -> Tensor:
@@ -70,6 +86,26 @@ class LookUp:
         codes = (byte >> (np.arange(self._per_byte) * self._width)) & ((1 << self._width) - 1)
         fields: NDArray[np.generic] = np.array(self._values, _DTYPES[self._dtype])[codes]
         return fields
+
+
+class _Room(NamedTuple):
+    """Where one thread looks up the codes in so many packed bytes: views of its scratch memory.
+
+    Attributes:
+        nbytes: packed.
+        unit: of what one entry of the table is for.
+        table: of the entries.
+        places, indices: which entries: int32, the same memory.
+        items, elements: the entries, and the values in them: the same memory.
+    """
+
+    nbytes: int
+    unit: np.dtype[np.unsignedinteger]
+    table: Tensor
+    places: Tensor
+    indices: NDArray[np.int32]
+    items: Tensor
+    elements: Tensor
 
 
 def _integers(rows: NDArray[np.generic]) -> Tensor:

@@ -12,15 +12,21 @@ class Scratch(threading.local):
     """Tensors by name, each thread's own; what one holds is lost when its name is next asked for in that thread."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, Tensor] = {}
+        self._whole: dict[str, Tensor] = {}
+        self._last: dict[str, tuple[int, Tensor]] = {}  # tiles are of one size, most of the time
 
     def tensor(self, name: str, numel: int, dtype: torch.dtype) -> Tensor:
         """A tensor [numel] on the CPU, of any content; *dtype* is always the same for a *name*."""
-        kept = self._kept.get(name)
-        if kept is None or kept.numel() < numel:
-            with torch.inference_mode(mode=False):  # what is made in that mode cannot be written to outside of it
-                kept = self._kept[name] = torch.empty(numel, dtype=dtype, device="cpu")
-        return kept if kept.numel() == numel else kept.narrow(0, 0, numel)
+        last = self._last.get(name)
+        if last is not None and last[0] == numel:
+            return last[1]
+        whole = self._whole.get(name)
+        with torch.inference_mode(mode=False):  # what is made in that mode cannot be written to outside of it
+            if whole is None or whole.numel() < numel:
+                whole = self._whole[name] = torch.empty(numel, dtype=dtype, device="cpu")
+            part = whole.narrow(0, 0, numel)
+        self._last[name] = (numel, part)
+        return part
 
 
 scratch = Scratch()

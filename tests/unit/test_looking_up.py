@@ -59,7 +59,11 @@ def test_scratch_memory_is_the_threads_own_and_stays():
     assert scratch.tensor("a test", 11, torch.float32).numel() == 11
 
 
-def test_scratch_memory_made_in_inference_mode_is_used_outside_of_it():
-    with torch.inference_mode():
-        scratch.tensor("made there", 3, torch.float32)
-    scratch.tensor("made there", 3, torch.float32).add_(1)
+def test_what_was_begun_in_inference_mode_goes_on_outside_of_it():
+    packed, look_up = np.arange(256, dtype=np.uint8), LookUp(4, values_of(4), torch.float32)
+    for count in (512, 100):
+        with torch.inference_mode():
+            inside = look_up(packed, 0, count).tolist()
+            scratch.tensor("made there", count, torch.float32)
+        assert look_up(packed, 0, count).mul_(1).tolist() == inside
+        scratch.tensor("made there", count, torch.float32).add_(1)
