@@ -27,16 +27,17 @@ class _Plain:
     def coerce(self, value: Any, param: Any, ctx: Any) -> Any:  # noqa: ANN401 - typer's
         if value is None:
             return () if param.multiple or param.nargs == -1 else None
-        make = _MAKERS.get(param.type_descriptor.annotation)
+        make = _MAKERS.get(getattr(param.type_descriptor, "annotation", None))
         return self.otherwise().coerce(value, param=param, ctx=ctx) if make is None else make(value)
 
 
 def spare_pydantic(parameter: Any) -> None:  # noqa: ANN401 - of a class of typer's
-    """Let a parameter convert texts and paths itself; those of older typers, which need no pydantic, stay as they are.
+    """Let a parameter convert texts and paths itself; those of other typers, older or newer, stay as they are.
 
     A path is not looked at here: what is missing or must not be read is said by who opens it.
     """
     own = getattr(parameter, "get_runtime_param", None)
-    if own is not None and "get_runtime_param" not in vars(parameter):  # once
+    known = own is not None and hasattr(parameter, "type_descriptor")
+    if known and "get_runtime_param" not in vars(parameter):  # once
         plain = _Plain(own)
         parameter.get_runtime_param = lambda: plain
