@@ -25,6 +25,7 @@ TallstoreError
 ├── OptionError                 (also a ValueError) an argument outside its range
 ├── SwitchError                 a model that is neither of two experts
 ├── MissingExtraError           (also an ImportError) a library that only an extra installs
+├── WorkerError                 work that was given to an executor did not come back
 └── OutputError                 the place to write to
     ├── OutputExistsError
     ├── OutputInsideInputError
@@ -37,10 +38,22 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class TallstoreError(Exception):
-    """The root of every error that tallstore raises on purpose."""
+    """The root of every error that tallstore raises on purpose. Each can be pickled: workers send them home."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Not by the arguments of the class, of which the message was made."""
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(kind: type[TallstoreError], args: tuple[object, ...], state: dict[str, object]) -> TallstoreError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(state)
+    return error
 
 
 class FormatError(TallstoreError):
@@ -184,6 +197,10 @@ class MissingExtraError(TallstoreError, ImportError):
 
     def __init__(self, what: str, library: str, extra: str) -> None:
         super().__init__(f"{what} needs {library}: pip install 'tallstore[{extra}]'")
+
+
+class WorkerError(TallstoreError):
+    """Work that was given to an executor did not come back: a worker died, or the work could not be sent."""
 
 
 class OutputError(TallstoreError):

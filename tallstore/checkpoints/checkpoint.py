@@ -14,7 +14,7 @@ from tallstore.errors import DamagedCheckpointError, UnknownTensorError
 from tallstore.format.dtypes import DTYPES, TensorSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
     from types import TracebackType
 
@@ -59,6 +59,7 @@ class Checkpoint(abc.ABC):
     Reads may come from several threads. Files are mapped, never modified.
 
     Attributes:
+        origin: where it came from.
         where: what messages call it: a path, ``"org/name@sha"`` or ``"a state dict"``.
         names: every tensor's name, ties included, sorted; the order of shards does not matter.
         aliases: tied name -> the name that carries the storage, which is the first of them in sorted order. Names are
@@ -73,6 +74,7 @@ class Checkpoint(abc.ABC):
     ) -> None:
         if not specs:
             raise DamagedCheckpointError(origin.where, "holds no tensors; give a checkpoint with weights")
+        self.origin = origin
         self.where = origin.where
         self.files = origin.files
         self.directory = origin.directory
@@ -135,6 +137,21 @@ class Checkpoint(abc.ABC):
                 self.where, f"tensor {name!r} is BOOL and has bytes other than 0 and 1; write the checkpoint again"
             )
         return raw
+
+    def part(self, names: Iterable[str]) -> Checkpoint:  # noqa: ARG002 - one that cannot be divided is its own part
+        """A checkpoint to send to other processes, of which only the tensors *names* will be read.
+
+        Files are read where it comes to; tensors in memory go with it.
+        """
+        return self
+
+    def __getstate__(self) -> dict[str, object]:
+        """For `pickle`, which does not know read-only mappings."""
+        return {**self.__dict__, "aliases": dict(self.aliases)}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """The inverse."""
+        self.__dict__.update(state)
 
     @abc.abstractmethod
     def _flat_bytes(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:

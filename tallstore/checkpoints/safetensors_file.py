@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +16,7 @@ from tallstore.format.dtypes import DTYPES, TensorSpec
 from tallstore.format.safetensors_header import Entry, HeaderProblem, UnknownDtypeProblem, header_nbytes, parse_header
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -75,6 +75,15 @@ class SafetensorsCheckpoint(Checkpoint):
         self._shards = shards
         self._places = places
         super().__init__(origin, {name: _spec(shards[path].tensors[name]) for name, path in places.items()})
+
+    def part(self, names: Iterable[str]) -> SafetensorsCheckpoint:
+        """The same files, with the headers' entries of *names* alone."""
+        places = {name: self._places[name] for name in names}
+        held: dict[Path, dict[str, Entry]] = {}
+        for name, path in places.items():
+            held.setdefault(path, {})[name] = self._shards[path].tensors[name]
+        shards = {path: replace(self._shards[path], tensors=tensors) for path, tensors in held.items()}
+        return SafetensorsCheckpoint(self.origin, shards, places)
 
     def _flat_bytes(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
         shard = self._shards[self._places[name]]

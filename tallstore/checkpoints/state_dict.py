@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from tallstore.checkpoints.checkpoint import Checkpoint, Origin
 from tallstore.checkpoints.refusals import refuse_unmerged_names
-from tallstore.checkpoints.torch_dtypes import DTYPE_NAMES
+from tallstore.checkpoints.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
 from tallstore.errors import InputError, QuantizedCheckpointError
 from tallstore.format.dtypes import TensorSpec
 
@@ -86,6 +86,30 @@ class StateDictCheckpoint(Checkpoint):
         super().__init__(origin, specs, _ties(tensors))
         self._tensors = dict(tensors)
         self._last_flat: tuple[str, torch.Tensor] | None = None
+
+    def part(self, names: Iterable[str]) -> StateDictCheckpoint:
+        """The tensors *names* alone, tied or not."""
+        return StateDictCheckpoint(self.origin, {name: self._tensors[name] for name in names})
+
+    def __getstate__(self) -> dict[str, object]:
+        """For `pickle`: the bytes of each tensor.
+
+        Tensors themselves would take all of a storage that they share, and between processes shared memory, which is
+        scarce.
+        """
+        raw = {name: self.read_bytes(name).tobytes() for name in self.names}
+        return {**super().__getstate__(), "_tensors": raw, "_last_flat": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The inverse, ties apart."""
+        super().__setstate__(state)
+        self._tensors = {
+            name: torch.frombuffer(bytearray(raw), dtype=TORCH_DTYPES[spec.dtype]).view(spec.shape)
+            if raw
+            else torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype])
+            for name, raw in state["_tensors"].items()
+            for spec in (self._specs[name],)
+        }
 
     def _flat_bytes(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
         raw: NDArray[np.uint8] = self._flat(name)[start:stop].cpu().view(torch.uint8).numpy()

@@ -14,7 +14,7 @@ from tallstore.fit.emr import Emr, EmrFit
 from tallstore.fit.gain import WIDEST, Gain, Projections, solve
 from tallstore.fit.least_squares import LeastSquares, LeastSquaresFit
 from tallstore.fit.localize import Localize, LocalizeFit
-from tallstore.fit.sides import Kind, Levels, present, side_values
+from tallstore.fit.sides import Kind, Levels, exceeds, present, select, side_values
 from tallstore.fit.sign import Sign, SignFit
 from tallstore.fit.signed_mask import SignedMask, SignedMaskFit
 from tallstore.fit.tall_mask import PUBLISHED_GRID, Chunks, Run, TallMask, TallMaskFit
@@ -52,9 +52,11 @@ __all__ = [
     "Uniform",
     "UniformFit",
     "described",
+    "exceeds",
     "prepare",
     "present",
     "row_sums",
+    "select",
     "side_values",
     "solve",
 ]

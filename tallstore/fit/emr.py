@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from tallstore.fit.base import Fit
 from tallstore.fit.gain import Gain, check_gain
+from tallstore.fit.sides import exceeds, select
 from tallstore.fit.tile import Coded, Shared, Tile
 from tallstore.format.manifest import Scalar, SharedDtype
 
@@ -75,7 +77,7 @@ class EmrFit(Fit):
                 continue
             merged = unscaled.merge(tile)["merged"]
             for task, vector in zip(tile.tasks, tile.task_vectors, strict=True):
-                agreeing = torch.where(torch.sign(vector) * torch.sign(merged) > 0, merged, 0.0)
+                agreeing = select(_agrees(vector, merged), merged)
                 task_vectors[task] = task_vectors.get(task, 0.0) + vector.abs().sum(dtype=torch.float64).item()
                 masked[task] = masked.get(task, 0.0) + agreeing.abs().sum(dtype=torch.float64).item()
         return cls(method, {task: task_vectors[task] / total for task, total in masked.items() if total})
@@ -97,6 +99,10 @@ class EmrFit(Fit):
 
     def code(self, tile: Tile, position: int, shared: Shared) -> Coded:
         """Mask of the task at *position*, as 0 and 1."""
-        # Signs are compared, not the product's: a product of small numbers is 0.
-        agrees = torch.sign(tile.task_vectors[position]) * torch.sign(shared["merged"]) > 0
-        return Coded(agrees.to(torch.uint8), self.rescalers.get(tile.tasks[position], 1.0))
+        agrees = _agrees(tile.task_vectors[position], shared["merged"])
+        return Coded(agrees, self.rescalers.get(tile.tasks[position], 1.0))
+
+
+def _agrees(vector: Tensor, merged: Tensor) -> Tensor:
+    """1 where both have one sign: uint8. Signs are multiplied, not numbers: a product of small ones is 0."""
+    return exceeds(torch.sign(vector).mul_(torch.sign(merged)), 0.0)

@@ -12,6 +12,7 @@ sets that made a mean are those that choose it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from tallstore.fit.base import Fit
 from tallstore.fit.gain import Gain, check_choice, check_gain
-from tallstore.fit.sides import Kind
+from tallstore.fit.sides import Kind, exceeds
 from tallstore.fit.tile import Coded, ScaleBy, Shared, Tile
 from tallstore.format.manifest import Role, Scalar, SharedDtype
 
@@ -74,49 +75,78 @@ class LeastSquaresFit(Fit):
 
     def merge(self, tile: Tile) -> Shared:
         """The shared vectors of a tile. Cost: a sort of the tasks' values at every parameter."""
-        units = torch.stack([tile.at_unit(position, self.method.scale) for position in range(len(tile.tasks))])
-        ascending = units.sort(dim=0).values
+        units = ascending([tile.at_unit(position, self.method.scale) for position in range(len(tile.tasks))])
         if self.method.levels == 1:
-            return {"merged": best_level(ascending)}
-        upper, lower = best_split(ascending)
+            return {"merged": best_level(units)}
+        upper, lower = best_split(units)
         return {"merged": upper, "merged_lo": lower}
 
     def code(self, tile: Tile, position: int, shared: Shared) -> Coded:
         """Bits of the task at *position*: set where merged is nearer than the other side."""
         unit = tile.at_unit(position, self.method.scale)
-        other = shared["merged_lo"] if self.method.levels == 2 else 0.0
-        nearer = (unit - shared["merged"]).abs() < (unit - other).abs()
-        return Coded(nearer.to(torch.uint8), tile.scale_of(position, self.method.scale))
+        to_other = unit - shared["merged_lo"] if self.method.levels == 2 else unit
+        nearer = exceeds(to_other.abs(), (unit - shared["merged"]).abs_())
+        return Coded(nearer, tile.scale_of(position, self.method.scale))
 
 
-def best_level(ascending: Tensor) -> Tensor:
-    """The level c of largest gain (sum of S)^2 / |S|, 1-D, for values [tasks, n] sorted along the tasks."""
-    best = torch.zeros_like(ascending[0])
+def ascending(values: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of one shape, sorted among each other at every place.
+
+    By Batcher's odd-even merging network: whole tensors are compared, which beats sorting at each place by an order of
+    magnitude.
+    """
+    found = list(values)
+    count = len(found)
+    width = 1
+    while width < count:
+        step = width
+        while step:
+            for first in range(step % width, count - step, 2 * step):
+                for low in range(first, min(first + step, count - step)):
+                    if low // (2 * width) == (low + step) // (2 * width):
+                        lower, upper = found[low], found[low + step]
+                        found[low], found[low + step] = torch.minimum(lower, upper), torch.maximum(lower, upper)
+            step //= 2
+        width *= 2
+    return found
+
+
+def best_level(units: Sequence[Tensor]) -> Tensor:
+    """The level c of largest gain (sum of S)^2 / |S|, 1-D, for a tensor a task, sorted along the tasks."""
+    best = torch.zeros_like(units[0])
     level = torch.zeros_like(best)
-    for run in (ascending.flip(0), ascending):  # prefixes from the largest, then from the smallest
+    for run in (list(reversed(units)), units):  # prefixes from the largest, then from the smallest
         total = torch.zeros_like(best)
         for count, values in enumerate(run, start=1):
             total += values
             mean = total / count
             gained = total * mean
-            better = gained > best
-            best = torch.where(better, gained, best)
-            level = torch.where(better, mean, level)
+            torch.lerp(level, mean, _greater(gained, best), out=level)
+            torch.maximum(best, gained, out=best)
     return level
 
 
-def best_split(ascending: Tensor) -> tuple[Tensor, Tensor]:
-    """Means of the upper and the lower run of the best split, each 1-D, of values [tasks, n] sorted along the tasks."""
-    count = len(ascending)
-    whole = ascending.sum(0)
+def best_split(units: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Means of the upper and the lower run of the best split, each 1-D, for a tensor a task, sorted along the tasks."""
+    count = len(units)
+    whole = torch.zeros_like(units[0])
+    for values in units:
+        whole += values
     best = torch.full_like(whole, -1.0)
     upper, lower = whole / count, whole / count
     total = torch.zeros_like(whole)
     for below in range(1, count):
-        total += ascending[below - 1]
-        low, high = total / below, (whole - total) / (count - below)
-        gained = total * low + (whole - total) * high
-        better = gained > best
-        best = torch.where(better, gained, best)
-        lower, upper = torch.where(better, low, lower), torch.where(better, high, upper)
+        total += units[below - 1]
+        rest = whole - total
+        low, high = total / below, rest / (count - below)
+        gained = (total * low).add_(rest * high)
+        better = _greater(gained, best)
+        torch.lerp(lower, low, better, out=lower)
+        torch.lerp(upper, high, better, out=upper)
+        torch.maximum(best, gained, out=best)
     return upper, lower
+
+
+def _greater(first: Tensor, second: Tensor) -> Tensor:
+    """1.0 where *first* is greater, else 0.0: the weights with which `lerp` takes one of two values as it is."""
+    return torch.gt(first, second, out=torch.empty_like(first))

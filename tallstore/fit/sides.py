@@ -1,9 +1,13 @@
-"""What codes stand for, by kind: the side that each element chose, at scale one (the specification, section 8)."""
+"""What codes stand for, by kind: the side that each element chose, at scale one (the specification, section 8).
+
+torch selects and compares element by element, with a branch each; what is here works on several at a time.
+"""
 
 from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,6 +15,18 @@ from tallstore.fit.tile import Coded, Shared
 
 Kind = Literal["mask", "signed", "two-level", "sign", "sparse", "uniform"]
 Levels = Literal[3, 4, 8, 16]
+
+
+def exceeds(values: Tensor, limits: Tensor | float) -> Tensor:
+    """1 where *values*, float32, are greater than *limits*, and 0 elsewhere: uint8, of their shape."""
+    other = limits.numpy() if isinstance(limits, Tensor) else np.float32(limits)
+    return torch.from_numpy(np.greater(values.numpy(), other).view(np.uint8))
+
+
+def select(bits: Tensor, values: Tensor) -> Tensor:
+    """*values*, float32, where *bits*, uint8, are 1; +0.0 where they are 0, whatever the values are there."""
+    every_bit = bits.view(torch.int8).neg().to(torch.int32)
+    return torch.bitwise_and(every_bit, values.view(torch.int32), out=every_bit).view(torch.float32)
 
 
 def side_values(kind: Kind, coded: Coded, shared: Shared, levels: Levels | None = None) -> Tensor:
@@ -24,12 +40,11 @@ def side_values(kind: Kind, coded: Coded, shared: Shared, levels: Levels | None 
     """
     codes = coded.codes
     if kind == "mask":
-        return torch.where(codes == 0, 0.0, shared["merged"])
+        return select(codes, shared["merged"])
     if kind == "signed":
-        merged = shared["merged"]
-        return torch.where(codes == 0, 0.0, torch.where(codes == 1, merged, -merged))
+        return select(codes & 1, shared["merged"]).sub_(select(codes >> 1, shared["merged"]))
     if kind == "two-level":
-        return torch.where(codes == 0, shared["merged_lo"], shared["merged"])
+        return select(codes, shared["merged"]).add_(select(1 - codes, shared["merged_lo"]))
     if kind == "sign":
         return codes.float() * 2 - 1
     if kind == "sparse":

@@ -20,6 +20,7 @@ import torch
 
 from tallstore.fit.base import Fit
 from tallstore.fit.gain import Gain, check_choice, check_gain, check_number
+from tallstore.fit.sides import exceeds
 from tallstore.fit.tile import Coded, ScaleBy, Shared, Tile
 from tallstore.format.manifest import Scalar, SharedDtype
 
@@ -84,7 +85,7 @@ class SignedMaskFit(Fit):
         merged = shared["merged"]
         # One task's own magnitude is no measure of it: nothing would exceed it.
         threshold = self.method.threshold if tile.shared_by > 1 else 0.0
-        kept = (tile.at_unit(position, self.method.scale).abs_() > threshold * merged) & (merged > 0)
-        # 1 for plus, 2 for minus: one more where the sign bit is set.
-        codes = kept.to(torch.uint8) * (1 + (tile.task_vectors[position] < 0).to(torch.uint8))
+        kept = exceeds(tile.at_unit(position, self.method.scale).abs_(), threshold * merged) & exceeds(merged, 0.0)
+        # 1 for plus, 2 for minus: moved up by one where the task vector is negative.
+        codes = kept << exceeds(-tile.task_vectors[position], 0.0)
         return Coded(codes, tile.scale_of(position, self.method.scale))

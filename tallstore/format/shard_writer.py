@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import xxhash
@@ -33,11 +34,12 @@ MAX_SHARD_NBYTES = 4 << 30  # a shard takes no further payload beyond this
 MAX_SHARD_PAYLOADS = 1 << 15  # nor beyond this: the longest names must leave the header under its limit
 WORTHWHILE = 0.97  # coded bytes must be under this share of the raw ones
 _TRIAL_CHUNKS = 8  # how many chunks decide whether a payload is worth coding
+_COPIED_NBYTES = 1 << 20
 
 
 @dataclass
-class _Body:
-    """A shard being written: its payloads stream into a file that gets its header at the end."""
+class Body:
+    """Payloads that stream into a file, one after the other; a shard's gets its header at the end."""
 
     stem: str
     number: int
@@ -53,10 +55,46 @@ class _Body:
         return self.nbytes + len(self.pool) > MAX_SHARD_NBYTES or len(self.tensors) >= MAX_SHARD_PAYLOADS
 
     def append(self, data: bytes) -> None:
+        """Add to the file."""
         # Opened for each chunk: a thousand tasks are a thousand shards, more than a process may hold open.
         with self.path.open("ab") as file:
             file.write(data)
         self.nbytes += len(data)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A payload that was written elsewhere, to be put into a shard.
+
+    Attributes:
+        stem, key: as `ShardWriter.payload` takes them.
+        codec: how its chunks are stored.
+        start, stop: of its bytes in the file that it was written to, padding included.
+        records: of its chunks.
+        pooled: its decoded bytes, where it goes to the pool; it has no others then.
+    """
+
+    stem: str
+    key: str
+    codec: Codec
+    start: int
+    stop: int
+    records: tuple[bytes, ...]
+    pooled: bytes | None = None
+
+
+class PayloadSink(Protocol):
+    """What takes payloads: a `ShardWriter`, or a `ShardRecorder`."""
+
+    def payload(
+        self, stem: str, key: str, encoding: Encoding, codec: Codec | None = None, *, ranked: bool = False
+    ) -> PayloadWriter:
+        """Begin a payload, as `ShardWriter.payload` does."""
+
+    def whole(
+        self, stem: str, key: str, encoding: Encoding, numel: int, decoded: Bytes, *, ranked: bool = False
+    ) -> Payload:
+        """Write a payload that is at hand, as `ShardWriter.whole` does."""
 
 
 class ShardWriter:
@@ -75,7 +113,7 @@ class ShardWriter:
         """
         self._directory = directory
         self._codec: Codec | None = None if compress else "raw"
-        self._bodies: list[_Body] = []
+        self._bodies: list[Body] = []
 
     def payload(
         self, stem: str, key: str, encoding: Encoding, codec: Codec | None = None, *, ranked: bool = False
@@ -102,11 +140,32 @@ class ShardWriter:
             width = encoding.width
             writer.append(decoded if width >= 8 else bits.unpack(decoded, numel, width))
             return writer.finish()
+        return self._pool(stem, decoded.tobytes())
+
+    def _pool(self, stem: str, decoded: bytes) -> Payload:
         body = self._body(stem)
         at = len(body.pool)
-        body.pool += decoded.tobytes()
+        body.pool += decoded
         body.pool += bytes(-len(body.pool) % POOL_ALIGNMENT)
         return Payload(shard=self._shard_number(stem), codec="pooled", at=at)
+
+    def place(self, recorded: Recorded, file: BinaryIO) -> Payload:
+        """Put in a payload that a `ShardRecorder` took: the same shards come of it as if it had been written here.
+
+        Args:
+            recorded: the payload.
+            file: the recorder's, open for reading.
+        """
+        if recorded.pooled is not None:
+            return self._pool(recorded.stem, recorded.pooled)
+        body = self._body(recorded.stem)
+        start, at = body.nbytes, len(body.records)
+        file.seek(recorded.start)
+        for first in range(recorded.start, recorded.stop, _COPIED_NBYTES):
+            body.append(file.read(min(_COPIED_NBYTES, recorded.stop - first)))
+        body.records.extend(recorded.records)
+        body.tensors[recorded.key] = (start, body.nbytes)
+        return Payload(shard=self._shard_number(recorded.stem), codec=recorded.codec, at=at)
 
     def finish(self) -> tuple[tuple[Shard, ...], dict[str, Written]]:
         """Write pools, indexes and headers.
@@ -128,13 +187,13 @@ class ShardWriter:
     def _shard_number(self, stem: str) -> int:
         return max(position for position, body in enumerate(self._bodies) if body.stem == stem)
 
-    def _body(self, stem: str) -> _Body:
+    def _body(self, stem: str) -> Body:
         """The shard that the next payload of *stem* goes to."""
         current = [body for body in self._bodies if body.stem == stem]
         if current and not current[-1].is_full:
             return current[-1]
         number = len(current) + 1
-        body = _Body(stem, number, self._directory / f"{stem}-{number:05d}.body")
+        body = Body(stem, number, self._directory / f"{stem}-{number:05d}.body")
         body.path.touch()
         self._bodies.append(body)
         return body
@@ -144,7 +203,7 @@ class PayloadWriter:
     """One payload: elements come in pieces of any size and leave in chunks."""
 
     def __init__(
-        self, body: _Body, key: str, encoding: Encoding, codec: Codec | None, shard: int, *, ranked: bool = False
+        self, body: Body, key: str, encoding: Encoding, codec: Codec | None, shard: int, *, ranked: bool = False
     ) -> None:
         self._body, self._key, self._encoding, self._shard = body, key, encoding, shard
         self._codec = codec
@@ -153,6 +212,8 @@ class PayloadWriter:
         self._buffer = np.empty(CHUNK_NUMEL * encoding.itemsize, np.uint8)
         self._filled = 0
         self._start, self._at, self._end = body.nbytes, len(body.records), 0
+        self._stop: int | None = None
+        self._records: tuple[bytes, ...] = ()
 
     def append(self, units: Bytes) -> None:
         """Add elements: one code a byte for encodings of less than a byte, their bytes for the others."""
@@ -171,7 +232,15 @@ class PayloadWriter:
         self._choose_codec()
         self._body.append(bytes(padded(self._end) - self._end))
         self._body.tensors[self._key] = (self._start, self._body.nbytes)
+        self._stop, self._records = self._body.nbytes, tuple(self._body.records[self._at :])
+        self._buffer = np.empty(0, np.uint8)
         return Payload(shard=self._shard, codec=self._codec or "raw", at=self._at)
+
+    def recorded(self, stem: str) -> Recorded | None:
+        """What was written; None if it was taken back."""
+        if self._stop is None:
+            return None
+        return Recorded(stem, self._key, self._codec or "raw", self._start, self._stop, self._records)
 
     def discard(self) -> None:
         """Take back everything that was written; nothing may have followed."""
@@ -230,7 +299,7 @@ def about_stored(decoded: Bytes, encoding: Encoding, numel: int) -> int:
     return min(decoded.size, len(codecs.encode(codec, decoded, encoding.itemsize)))
 
 
-def _finish_body(body: _Body, path: Path, codec: Codec | None) -> tuple[Shard, Written]:
+def _finish_body(body: Body, path: Path, codec: Codec | None) -> tuple[Shard, Written]:
     pool = None
     if body.pool:
         writer = PayloadWriter(body, POOL_KEY, POOL, codec, 0)

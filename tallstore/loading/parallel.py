@@ -95,6 +95,17 @@ def threads() -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
+@contextlib.contextmanager
+def one_intra_op_thread() -> Iterator[None]:
+    """In the calling thread, which may be anybody's; what it was before comes back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class _Threads:
     """This process's threads, begun when they are first needed."""
 

@@ -20,7 +20,8 @@ from tallstore.format import manifest as tables
 from tallstore.format.dtypes import CHUNK_NUMEL
 from tallstore.packing.companions import companions, reading
 from tallstore.packing.fidelity import combine
-from tallstore.packing.group import GroupPacker, TaskProgress
+from tallstore.packing.group import GroupPacker, GroupTask
+from tallstore.packing.task_progress import TaskProgress
 
 
 def base_table(base: Checkpoint) -> tables.BaseTable:
@@ -82,7 +83,7 @@ def recorded_method(method: Method) -> tables.Method:
 
 
 def write_task(
-    task: TaskProgress, group: str, root: Path, *, score: float | None, chosen: Mapping[str, float]
+    task: GroupTask, group: str, root: Path, *, score: float | None, chosen: Mapping[str, float]
 ) -> tuple[tables.TaskTable, dict[str, Written]]:
     """Finish one task's shards, store its companion files, write task.json; its table, and the files by path."""
     shards, by_name = task.writer.finish()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -163,10 +164,12 @@ def write(
     *,
     embed: bool,
     calibrated: Callable[[Fitting], Fitting] | None = None,
+    executor: Executor | None = None,
 ) -> PackReport:
     """Choose and write the bundle into the empty directory *root*; *place* is what messages call it.
 
-    What keeps the budget is *calibrated* and written again, if that is asked for.
+    What keeps the budget is *calibrated* and written again, if that is asked for. Trials are made here, and tensors
+    packed on *executor* where there is one.
 
     Raises:
         OptionError: the budget cannot be kept.
@@ -187,9 +190,9 @@ def write(
         fits: dict[str, tuple[Fit, SharedDtype]] = defaultdict(lambda: prepared[0])
         fits.update({name: prepared[position] for name, position in zip(options, chosen, strict=True)})
         fitting = Fitting(method, fits.__getitem__, "by tensor")
-        report = _written(job, fitting, root, place, embed=embed)
+        report = _written(job, fitting, root, place, embed=embed, executor=executor)
         if calibrated is not None and _mean_bits(report) <= method.max_bits:
-            report = _written(job, calibrated(fitting), root, place, embed=embed)
+            report = _written(job, calibrated(fitting), root, place, embed=embed, executor=executor)
         bits = _mean_bits(report)
         if bits <= method.max_bits:
             return report
@@ -198,12 +201,14 @@ def write(
     raise OptionError(f"Auto: max_bits={method.max_bits:g} cannot be kept here; give at least {1.02 * least:.2f}")
 
 
-def _written(job: Job, fitting: Fitting, root: Path, place: Path, *, embed: bool) -> PackReport:
+def _written(
+    job: Job, fitting: Fitting, root: Path, place: Path, *, embed: bool, executor: Executor | None
+) -> PackReport:
     """The report of a bundle that takes the place of what is in *root*."""
     with files.writing(place):
         for directory in ("base", "files", "groups", "tasks"):  # a staged directory has a file of its own, which stays
             shutil.rmtree(root / directory, ignore_errors=True)
-        report, _ = job.write(root, fitting, embed=embed)
+        report, _ = job.write(root, fitting, embed=embed, executor=executor)
     return report
 
 

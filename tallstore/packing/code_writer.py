@@ -11,7 +11,7 @@ import torch
 from tallstore.fit import Coded, Kind, LocalizeFit
 from tallstore.format import manifest as tables
 from tallstore.format.encodings import BITS, GAINS, SHARED, SIGNED, UNIFORM
-from tallstore.format.shard_writer import POOLED_NUMEL, ShardWriter, about_stored
+from tallstore.format.shard_writer import POOLED_NUMEL, PayloadSink, about_stored
 from tallstore.packing.stack_fit import Scaled
 
 #: The table entries of each kind: of leading rows, and of a whole tensor.
@@ -31,7 +31,7 @@ _VALUES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 class CodeWriter:
     """Streams one tensor's codes into its task's shards, tile by tile."""
 
-    def __init__(self, writer: ShardWriter, name: str, scaled: Scaled, *, row_axes: int) -> None:
+    def __init__(self, writer: PayloadSink, name: str, scaled: Scaled, *, row_axes: int) -> None:
         self._writer, self._name, self._kind = writer, name, scaled.fit.kind
         self._fields: dict[str, Any] = {"row_axes": row_axes}
         self._gains = scaled.gains

@@ -12,19 +12,33 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tallstore.fit import TaskStatistics, Tile
+from tallstore.fit import TaskStatistics, Tile, exceeds, select
 from tallstore.format.manifest import Estimate
 
 # What `SignedMask()` would do, for the estimate of it.
 _THRESHOLD = 1.2
 _SHARED_BITS = 4.0
+_BLOCK_NUMEL = 1 << 9
+_SMALLEST_DOT = 1e-24  # of any smaller one, products that float32 rounds to 0 may have been a part
 
 
 def dot(first: Tensor, second: Tensor) -> float:
-    """Inner product of two 1-D tensors, in float64."""
+    """Inner product of two 1-D tensors: to about 8 digits, and the same on any number of threads.
+
+    Products are float32, summed in blocks, and the blocks in float64. Where one is float64, or the numbers so small or
+    so large that float32 could not hold their products, everything is. What is not finite stays so.
+    """
+    if first.dtype == second.dtype == torch.float32:
+        products = first * second
+        blocks = products[: products.numel() // _BLOCK_NUMEL * _BLOCK_NUMEL].view(-1, _BLOCK_NUMEL)
+        rest = products[blocks.numel() :]
+        found = blocks.sum(1).sum(dtype=torch.float64).item() + rest.sum(dtype=torch.float64).item()
+        if _SMALLEST_DOT < abs(found) < math.inf:
+            return found
     return torch.dot(first.double(), second.double()).item()
 
 
@@ -88,11 +102,13 @@ def signed_estimates(tile: Tile, share: float) -> list[Estimated]:
     ]
     merged = torch.stack(magnitudes).mean(0)
     estimates = []
+    limit = (_THRESHOLD if tile.shared_by > 1 else 0.0) * merged
     for magnitude, statistics in zip(magnitudes, tile.statistics, strict=True):
-        kept = magnitude > (_THRESHOLD if tile.shared_by > 1 else 0.0) * merged
-        norm, energy = dot(merged[kept], merged[kept]), dot(magnitude, magnitude)
-        cosine = dot(merged[kept], magnitude[kept]) / math.sqrt(norm * energy) if norm and energy else 0.0
-        density = kept.float().mean().item()
+        chosen = exceeds(magnitude, limit)
+        kept = select(chosen, merged)
+        norm, energy = dot(kept, kept), dot(magnitude, magnitude)
+        cosine = dot(kept, magnitude) / math.sqrt(norm * energy) if norm and energy else 0.0
+        density = int(np.count_nonzero(chosen.numpy())) / chosen.numel()
         bits = _entropy(density) + density + _SHARED_BITS / len(tile.tasks)  # which, of which sign, and its magnitude
         estimates.append(Estimated(cosine, bits, share * statistics.numel, share * statistics.sum_squares))
     return estimates

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
+import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -20,10 +23,14 @@ from tallstore.format.manifest import SharedDtype
 from tallstore.meter import Meter
 from tallstore.packing import assemble
 from tallstore.packing.group import GroupPacker
+from tallstore.packing.in_order import in_order
 from tallstore.packing.outcome import PackReport, report
-from tallstore.packing.plan import Expert, counts_for_the_trim, is_private, parts_by_base_name
+from tallstore.packing.plan import Expert, Part, counts_for_the_trim, is_private, parts_by_base_name
 from tallstore.packing.stack import coded_stack, trimmable_chunks
 from tallstore.packing.stack_fit import Advance
+from tallstore.packing.unit import Unit, UnitTensor
+
+_UNIT_NUMEL = 1 << 22  # elements of a unit of work, over all its tasks; a tensor of more is large
 
 #: By base tensor: what codes it, and the dtype of its shared vectors.
 Fits = Callable[[str], tuple[Fit, SharedDtype]]
@@ -129,7 +136,13 @@ class Job:
         return assemble.base_table(self.base)
 
     def write(
-        self, root: Path, fitting: Fitting, *, embed: bool, given: Checkpoint | None = None
+        self,
+        root: Path,
+        fitting: Fitting,
+        *,
+        embed: bool,
+        given: Checkpoint | None = None,
+        executor: Executor | None = None,
     ) -> tuple[PackReport, GroupPacker]:
         """Write the whole bundle into the empty directory *root*.
 
@@ -138,6 +151,7 @@ class Job:
             fitting: the method at work.
             embed: put the base into the bundle.
             given: somebody else's merged model, for the methods that have one.
+            executor: somebody's, to pack the tensors; None takes the job's own threads. The bundle is the same.
 
         Returns:
             what was written, for people and tensor by tensor.
@@ -147,15 +161,17 @@ class Job:
             self.base,
             self.experts,
             root,
-            fits=fitting.fits,
             factors=fitting.factors,
             given=given,
             compress=options.compress,
             estimates=options.estimates,
-            pool=self.pool,
+            run=self.pool.map,
         )
         written = assemble.write_base(self.base, self._table, root, embed=embed)
-        self._pack_tensors(group)
+        with tempfile.TemporaryDirectory(prefix=".units-", dir=root) as scratch:
+            self._pack_tensors(group, fitting, given, Path(scratch), executor)
+        self._store_unknown(group)
+        self._meter.end_phase()
         method = assemble.recorded_method(fitting.method)
         written |= assemble.write_group(group, method, root)
         entries, packed = [], []
@@ -181,18 +197,84 @@ class Job:
         )
         return made, group
 
-    def _pack_tensors(self, group: GroupPacker) -> None:
-        for base_name, parts in self._parts.items():
-            share = _Share(sum(part.spec.nbytes for part in parts), self._meter.advance)
-            group.pack_tensor(base_name, parts, share.advance)
-            share.end()
+    def _pack_tensors(
+        self, group: GroupPacker, fitting: Fitting, given: Checkpoint | None, scratch: Path, executor: Executor | None
+    ) -> None:
+        """Every tensor that the base has, in order: small ones in units, large ones here, tile by tile on all threads.
+
+        Somebody's executor gets the large ones too, each a unit.
+        """
+        files = (scratch / f"{number:06d}" for number in itertools.count())
+        work = (
+            names[0] if is_large and executor is None else self._unit(names, fitting, given, next(files))
+            for names, is_large in _batches(self._parts)
+        )
+        with contextlib.closing(in_order(work, self.pool, executor)) as steps:
+            for step in steps:
+                if isinstance(step, str):
+                    parts = self._parts[step]
+                    share = _Share(sum(part.spec.nbytes for part in parts), self._meter.advance)
+                    group.pack(step, parts, *fitting.fits(step), share.advance)
+                    share.end()
+                else:
+                    group.add(step)
+                    self._meter.advance(step.nbytes)
+
+    def _unit(self, names: Sequence[str], fitting: Fitting, given: Checkpoint | None, file: Path) -> Unit:
+        """The work on some tensors of the base, and no more than it needs."""
+        held: dict[str, list[str]] = {}
+        for name in names:
+            for part in self._parts[name]:
+                held.setdefault(part.expert.task, []).append(part.name)
+        experts = {
+            expert.task: Expert(expert.task, expert.checkpoint.part(held[expert.task]), {}, {}, ())
+            for expert in self.experts
+            if expert.task in held
+        }
+        tensors = []
+        for name in names:
+            parts = tuple(replace(part, expert=experts[part.expert.task]) for part in self._parts[name])
+            tensors.append(UnitTensor(name, parts, *fitting.fits(name)))
+        keys = {(task, name) for task, own in held.items() for name in own}
+        if given is not None:  # a checkpoint has at least one tensor
+            given = given.part([name for name in names if name in given.names] or given.names[:1])
+        return Unit(
+            base=self.base.part(names),
+            given=given,
+            experts=tuple(experts.values()),
+            tensors=tuple(tensors),
+            file=file,
+            factors={key: factor for key, factor in fitting.factors.items() if key in keys},
+            estimates=self._options.estimates,
+            compress=self._options.compress,
+        )
+
+    def _store_unknown(self, group: GroupPacker) -> None:
+        """The tensors that the base does not have."""
         for task in group.tasks.values():
             for name, counterpart in task.expert.base_names.items():
                 if counterpart is None:
                     private = is_private(name, self._options.private)
                     task.store_private(name, "asked for by private=" if private else "the base does not have it")
                     self._meter.advance(task.expert.checkpoint.spec(name).nbytes)
-        self._meter.end_phase()
+
+
+def _batches(parts: Mapping[str, Sequence[Part]]) -> Iterator[tuple[list[str], bool]]:
+    """Base tensors in their order, a few small ones or one large one at a time; whether it is a large one."""
+    batch: list[str] = []
+    filled = 0
+    for name, of in parts.items():
+        numel = sum(part.spec.numel for part in of)
+        if batch and filled + numel > _UNIT_NUMEL:
+            yield batch, False
+            batch, filled = [], 0
+        if numel > _UNIT_NUMEL:
+            yield [name], True
+        else:
+            batch.append(name)
+            filled += numel
+    if batch:
+        yield batch, False
 
 
 class _Share:

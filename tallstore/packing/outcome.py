@@ -13,7 +13,8 @@ from tallstore.fit import Method, SignedMask
 from tallstore.format import layout
 from tallstore.format.manifest import Estimate, Manifest, TaskTable
 from tallstore.notebook import MAX_ROWS, html_table, number
-from tallstore.packing.group import StoredWhole, TaskProgress
+from tallstore.packing.group import GroupTask
+from tallstore.packing.task_progress import StoredWhole
 from tallstore.sizes import readable
 
 
@@ -133,7 +134,7 @@ def report(
     base: Checkpoint,
     root: Path,
     manifest: Manifest,
-    packed: Sequence[tuple[TaskProgress, TaskTable]],
+    packed: Sequence[tuple[GroupTask, TaskTable]],
     *,
     method: Method,
     dtype: str,

@@ -6,6 +6,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +49,7 @@ def pack(
     compress: bool = True,
     overwrite: bool = False,
     dry_run: bool = False,
+    executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> PackReport:
     """Pack fine-tunes of one base into a bundle at *out*.
@@ -79,6 +81,10 @@ def pack(
             stores them all raw: a larger bundle, with nothing to decompress on a load, and the same weights.
         overwrite: replace a bundle that is at *out*.
         dry_run: do everything but put the bundle in place.
+        executor: a `concurrent.futures.Executor` to pack on, of processes, of threads or of other machines; None takes
+            threads of this process. The bundle is the same, byte for byte. Workers read safetensors files themselves,
+            and write beside *out*: both must be on storage that they see. What is not in such files goes to them with
+            the work. What must know all parameters first (TIES, Localize, EMR, trials) stays in this process.
         progress: called with bytes done and bytes in all.
 
     Returns:
@@ -94,6 +100,7 @@ def pack(
         InputError: an input cannot be read or packed; names task and tensor.
         OptionError: an argument is outside its range.
         OutputError: *out* is there already, lies inside an input, cannot be written, or another process is writing it.
+        WorkerError: work that was given to *executor* did not come back.
     """
     method = SignedMask() if method is None else method
     dtype = None if isinstance(method, Auto) and merged_dtype is None else shared_dtype(method, merged_dtype)
@@ -123,13 +130,15 @@ def pack(
         with _destination(target, dry_run=dry_run) as root:
             place = root if dry_run else Path(os.path.realpath(target))
             if isinstance(method, Auto):
-                report = automatic.write(job, method, root, place, embed=embed_base, calibrated=calibrator)
+                report = automatic.write(
+                    job, method, root, place, embed=embed_base, calibrated=calibrator, executor=executor
+                )
             else:
                 fitting = _fitting(job, method, dtype or method.merged_dtype, scorer, given)
                 if calibrator is not None:
                     fitting = calibrator(fitting)
                 with files.writing(place):
-                    report, _ = job.write(root, fitting, embed=embed_base, given=given)
+                    report, _ = job.write(root, fitting, embed=embed_base, given=given, executor=executor)
             if scorer is not None and any(task.score is None for task in report.tasks):
                 scores = scorer.scores(root)
                 with files.writing(place):

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tallstore.fit import select
 from tallstore.format.encodings import LOG4_VALUES
 from tallstore.format.manifest import SharedDtype
 from tallstore.format.r13 import SMALLEST, r13
@@ -18,7 +19,7 @@ from tallstore.format.r13 import SMALLEST, r13
 _LARGEST_CODE = {"I8": 127.0, "LOG4": 1.0}  # the largest value a code stands for, in steps
 _TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
-_LOG4 = torch.tensor(LOG4_VALUES, dtype=torch.float32)
+_LOG4 = np.array(LOG4_VALUES, np.float32)
 
 
 def _log4_codes() -> NDArray[np.uint8]:
@@ -54,17 +55,21 @@ def quantise(merged: Tensor, step: Tensor | None, dtype: SharedDtype) -> Tensor:
         is 0 has codes that stand for 0 whatever they are.
     """
     if step is None:
-        tiny = merged.abs() < SMALLEST
+        kept = torch.from_numpy(np.greater_equal(merged.abs().numpy(), np.float32(SMALLEST)).view(np.uint8))
         # Adding +0.0 turns -0.0 into +0.0, also where a float16 underflowed: a shared zero has one encoding.
-        return torch.where(tiny, 0.0, merged).to(_TORCH[dtype]) + 0.0
-    ratio = torch.where(step > 0, merged / step, 0.0)
+        return select(kept, merged).to(_TORCH[dtype]) + 0.0
+    ratio = merged / step
+    empty = step[:, 0] <= 0
+    if empty.any():
+        ratio[empty] = 0.0
     if dtype == "I8":
-        return ratio.round().clamp(-127, 127).to(torch.int8)
-    return torch.from_numpy(_LOG4_CODES.take(ratio.numpy().view(np.uint32) >> np.uint32(15)))
+        return ratio.round_().clamp_(-127, 127).to(torch.int8)
+    # Ratios are from 0 to 1 and a little: no index is out of range, and numpy need not look for one.
+    return torch.from_numpy(_LOG4_CODES.take(ratio.numpy().view(np.uint32) >> np.uint32(15), mode="clip"))
 
 
 def values(codes: Tensor, dtype: SharedDtype) -> Tensor:
     """What codes stand for, in steps: float32, of the shape of *codes*."""
     if dtype == "LOG4":
-        return _LOG4[codes.to(torch.int32)]
+        return torch.from_numpy(_LOG4.take(codes.numpy(), mode="clip"))
     return codes.to(torch.float32)

@@ -19,7 +19,7 @@ from tallstore.format.bits import Bytes
 from tallstore.format.encodings import SHARED, STEPS
 from tallstore.format.manifest import Role, SharedDtype
 from tallstore.format.r13 import in_range, row_scales
-from tallstore.format.shard_writer import ShardWriter, about_stored
+from tallstore.format.shard_writer import PayloadSink, about_stored
 from tallstore.format.tables import STEPPED
 from tallstore.packing.quantise import quantise, steps, values
 from tallstore.packing.stack import Span, Stack
@@ -80,7 +80,7 @@ class SharedVector:
         step = None if self._step is None else self._step[: gains.size] if gains.size > 1 else self._step
         return bool(in_range(row_scales(gains, step)).all() and (step is None or in_range(step).all()))
 
-    def write(self, writer: ShardWriter) -> tuple[tables.Vector, int]:
+    def write(self, writer: PayloadSink) -> tuple[tables.Vector, int]:
         """Write codes and steps; the vector's entry in group.json, and about how many bytes it takes."""
         name = self._stack.name
         payload = writer.payload("merged", f"{self.role}/{name}", SHARED[self._dtype])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +24,7 @@ _SMALLEST_TILE_NUMEL = 1 << 15
 _SHORTEST_ROW = 64  # elements; a scale and a step a row would cost a bit a parameter
 _LONGEST_WHOLE_ROW = 1 << 22  # longer rows are streamed in pieces
 _KEPT_NBYTES = 128 << 20  # task vectors up to this size are kept between passes instead of read again
+_FIRST_LOOK_NUMEL = 1 << 10
 
 
 def is_merged(given: Checkpoint, base: Checkpoint, name: str) -> bool:
@@ -32,11 +35,15 @@ def is_merged(given: Checkpoint, base: Checkpoint, name: str) -> bool:
     return spec.dtype in CODED and spec.shape == base.spec(name).shape
 
 
-def task_vector(base: Tensor, finetuned: Tensor) -> Tensor:
-    """Finetuned - base in float32; float64 where one of them is, then rounded once. 1-D, of equal length."""
+def task_vector(base: Tensor, finetuned: Tensor, out: Tensor | None = None) -> Tensor:
+    """Finetuned - base in float32; float64 where one of them is, then rounded once. 1-D, of equal length.
+
+    Written to *out* where that is given.
+    """
     if torch.float64 in (base.dtype, finetuned.dtype):
-        return (finetuned.double() - base.double()).float()
-    return finetuned.float() - base.float()
+        difference = (finetuned.double() - base.double()).float()
+        return difference if out is None else out.copy_(difference)
+    return torch.sub(finetuned.float(), base.float(), out=out)
 
 
 @dataclass(frozen=True)
@@ -46,15 +53,38 @@ class Examined:
     Attributes:
         is_same: the leading rows are the base's, bit for bit (after the cast to the expert's dtype).
         statistics: of the task vector; None where it is the same, or may not be coded.
+        task_vector: the whole of it, where it was kept: float32, 1-D.
     """
 
     part: Part
     is_same: bool = False
     statistics: TaskStatistics | None = None
+    task_vector: Tensor | None = None
 
 
-def examine(base: Checkpoint, base_name: str, part: Part) -> Examined:
-    """Compare a part with the base, and sum up its task vector if it can be coded.
+class KeptVectors:
+    """Memory for the task vectors of one tensor after the other, where they are small enough to be kept.
+
+    It is allocated once, and used again: new memory would cost more than reading the inputs again.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.float32, device="cpu")
+
+    def rooms(self, numels: Sequence[int]) -> list[Tensor | None]:
+        """A float32 tensor for each of *numels*, in the memory that the last call gave; or None for all."""
+        total = sum(numels)
+        if total * 4 > _KEPT_NBYTES:
+            return [None] * len(numels)
+        if total > self._memory.numel():
+            self._memory = torch.empty(0, dtype=torch.float32, device="cpu")  # never both
+            self._memory = torch.empty(total, dtype=torch.float32, device="cpu")
+        stops = list(itertools.accumulate(numels))
+        return [self._memory[stop - numel : stop] for numel, stop in zip(numels, stops, strict=True)]
+
+
+def examine(base: Checkpoint, base_name: str, part: Part, room: Tensor | None = None) -> Examined:
+    """Compare a part with the base, and sum up its task vector if it can be coded; keep it in *room*, if there is one.
 
     Raises:
         NonFiniteError: it would be coded, and has NaN or infinity.
@@ -70,7 +100,7 @@ def examine(base: Checkpoint, base_name: str, part: Part) -> Examined:
     magnitudes = torch.zeros_like(squares)
     for start, stop in row_pieces(part.numel, row_length):
         reference, finetuned = base.read(base_name, start, stop), part.expert.checkpoint.read(part.name, start, stop)
-        vector = task_vector(reference, finetuned)
+        vector = task_vector(reference, finetuned, None if room is None else room[start:stop])
         first, count = start // row_length, max(1, (stop - start) // row_length)
         found_squares, found_magnitudes = row_sums(vector.view(count, -1))
         if not torch.isfinite(found_squares).all():
@@ -78,7 +108,7 @@ def examine(base: Checkpoint, base_name: str, part: Part) -> Examined:
             return Examined(replace(part, whole_because="its task vector is beyond float32"))
         squares[first : first + count] += found_squares
         magnitudes[first : first + count] += found_magnitudes
-    return Examined(part, statistics=TaskStatistics(part.numel, squares, magnitudes))
+    return Examined(part, statistics=TaskStatistics(part.numel, squares, magnitudes), task_vector=room)
 
 
 def unfit(base: Checkpoint, base_name: str, found: Examined) -> str | None:
@@ -148,12 +178,15 @@ def _is_same(base: Checkpoint, base_name: str, part: Part) -> bool:
         return False
     if spec.dtype != base_spec.dtype and not castable:
         return False
-    for start in range(0, part.numel, CHUNK_NUMEL):
-        stop = min(start + CHUNK_NUMEL, part.numel)
+    start = 0
+    while start < part.numel:  # most tensors differ early on
+        stop = min(start + CHUNK_NUMEL if start else _FIRST_LOOK_NUMEL, part.numel)
         ours = part.expert.checkpoint.read(part.name, start, stop)
         theirs = cast(base.read(base_name, start, stop), ours.dtype)
-        if not torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)):
+        # numpy compares bytes many times faster than torch.
+        if not np.array_equal(ours.view(torch.uint8).numpy(), theirs.view(torch.uint8).numpy()):
             return False
+        start = stop
     return True
 
 
@@ -193,10 +226,7 @@ class Span:
 
 
 class Stack:
-    """The parts of one base tensor that are to be coded, as tiles of task vectors.
-
-    Several threads may read tiles, once every part was kept (`keep`) that is to be.
-    """
+    """The parts of one base tensor that are to be coded, as tiles of task vectors. Several threads may read tiles."""
 
     def __init__(
         self, base: Checkpoint, name: str, examined: Sequence[Examined], given: Checkpoint | None = None
@@ -213,8 +243,7 @@ class Stack:
         self.rows_are_whole = self.row_length <= _LONGEST_WHOLE_ROW and all(cut % self.row_length == 0 for cut in cuts)
         self.spans = tuple(self._spans(cuts, target))
         self._positions = {part.expert.task: position for position, part in enumerate(self.parts)}
-        keep = sum(part.numel for part in self.parts) * 4 <= _KEPT_NBYTES
-        self._kept: dict[str, Tensor] | None = {} if keep else None
+        self._kept = tuple(found.task_vector for found in examined)
 
     def tile(self, span: Span, only: int | None = None) -> Tile:
         """Task vectors of the parts that cover *span*, or *only* of the one at that position, which must cover it.
@@ -225,7 +254,7 @@ class Stack:
         taken = covering if only is None else [only]
         return Tile(
             tasks=tuple(self.parts[position].expert.task for position in taken),
-            task_vectors=tuple(self._task_vector(self.parts[position], span) for position in taken),
+            task_vectors=tuple(self._task_vector(position, span) for position in taken),
             statistics=tuple(self.statistics[position] for position in taken),
             shared_by=len(covering),
             first_row=span.row,
@@ -245,20 +274,11 @@ class Stack:
         """Rows of one part."""
         return max(1, self.parts[position].numel // self.row_length)
 
-    def keep(self, position: int) -> None:
-        """Hold the task vector of the part at *position* in memory, where all of them are small enough for that."""
-        if self._kept is None:
-            return
-        part = self.parts[position]
-        whole = torch.empty(part.numel, dtype=torch.float32, device="cpu")
-        for start in range(0, part.numel, CHUNK_NUMEL):
-            stop = min(start + CHUNK_NUMEL, part.numel)
-            whole[start:stop] = self._read(part, start, stop)
-        self._kept[part.expert.task] = whole
-
-    def _task_vector(self, part: Part, span: Span) -> Tensor:
-        kept = None if self._kept is None else self._kept.get(part.expert.task)
-        return self._read(part, span.start, span.stop) if kept is None else kept[span.start : span.stop]
+    def _task_vector(self, position: int, span: Span) -> Tensor:
+        kept, part = self._kept[position], self.parts[position]
+        if kept is not None:
+            return kept[span.start : span.stop]
+        return self._difference(part.expert.checkpoint, part.name, span.start, span.stop)
 
     def _given_vector(self, given: Checkpoint, span: Span) -> Tensor:
         vector = self._difference(given, self.name, span.start, span.stop)
@@ -270,9 +290,6 @@ class Stack:
                 f"{span.start + int(wrong[0])}); leave it out of the merged model, or mend the weights",
             )
         return vector
-
-    def _read(self, part: Part, start: int, stop: int) -> Tensor:
-        return self._difference(part.expert.checkpoint, part.name, start, stop)
 
     def _difference(self, checkpoint: Checkpoint, name: str, start: int, stop: int) -> Tensor:
         return task_vector(self.base.read(self.name, start, stop), checkpoint.read(name, start, stop))

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tallstore.fit import WIDEST, Coded, Fit, Projections, Shared, Tile, present, side_values, solve
+from tallstore.fit import WIDEST, Coded, Fit, Projections, Shared, Tile, exceeds, present, select, side_values, solve
 from tallstore.format.dtypes import itemsize
 from tallstore.format.manifest import SharedDtype
 from tallstore.format.r13 import in_range, r13
@@ -121,7 +121,7 @@ class StackFit:
         if "centre" not in fit.roles:
             return Projections(along, energy), scale
         where = present(fit.kind, coded, fit.levels)
-        fixed = shared["centre"] if where is None else torch.where(where, shared["centre"], 0.0)
+        fixed = shared["centre"] if where is None else select(where.view(torch.uint8), shared["centre"])
         return Projections(along, energy, dot(fixed, vector), dot(fixed, sides)), scale
 
     def _scaled(self, position: int, found: Sequence[_Found | None]) -> Scaled:
@@ -183,16 +183,20 @@ class StackFit:
         return coded, tile
 
     def rebuild(self, scaled: Scaled, span: Span, position: int, coded: Coded) -> Tensor:
-        """What a reader gets of one part in one tile, less the base: float64, after the final rounding."""
-        part = self.stack.parts[position]
+        """What a reader gets of one part in one tile, less the base, after the final rounding.
+
+        Returns:
+            float32, 1-D; float64 where base or expert are.
+        """
         delta = self._delta(scaled, span, coded)
         base = self.stack.base.read(self.stack.name, span.start, span.stop)
-        wide = base.double() if base.dtype is torch.float64 else base.float()
+        wide = base if base.dtype is torch.float64 else base.float()
         total = wide
-        if "centre" in scaled.fit.roles:
-            total = total + self.shared["centre"].stored(span)
-        dtype = result_dtype(part)
-        return torch.where(delta == 0, cast(base, dtype), cast(total + delta, dtype)).double() - base.double()
+        if "centre" in scaled.fit.roles:  # added where something else is
+            moves = exceeds(delta.abs(), 0.0)
+            total = total + select(moves, self.shared["centre"].stored(span))
+        rebuilt = cast(total + delta, result_dtype(self.stack.parts[position]))
+        return (rebuilt if rebuilt.dtype is torch.float64 else rebuilt.float()) - wide
 
     def _delta(self, scaled: Scaled, span: Span, coded: Coded) -> Tensor:
         """What a part adds to the base in one tile: float32, 1-D, in the arithmetic of the specification."""
