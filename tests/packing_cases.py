@@ -29,7 +29,7 @@ from tallstore.format.payloads import (
     vector_step_of,
     vector_values_of,
 )
-from tallstore.packing import shared_vector, stack
+from tallstore.packing import job, shared_vector, stack
 from tests.fit_reference import LOG4
 from tests.reference import same_bits
 
@@ -219,7 +219,7 @@ def contents(root: Path) -> dict[str, str]:
 
 
 def forced(monkeypatch: Any, **limits: int) -> None:
-    """Set limits of the streaming, so that small tensors take the paths of large ones.
+    """Set limits of the streaming, so that small tensors take the paths of large ones: no unit holds any.
 
     Args:
         monkeypatch: pytest's.
@@ -232,5 +232,6 @@ def forced(monkeypatch: Any, **limits: int) -> None:
         "kept": (stack, "_KEPT_NBYTES"),
         "in_memory": (shared_vector, "_IN_MEMORY_NBYTES"),
     }
+    monkeypatch.setattr(job, "_UNIT_NUMEL", 0)
     for limit, value in limits.items():
         monkeypatch.setattr(*places[limit], value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 import re
 
 import pytest
@@ -86,3 +87,20 @@ def test_an_input_error_carries_its_place():
     error = CheckpointNotFoundError("task 'cars', /models/cars", "does not exist")
     assert str(error) == "task 'cars', /models/cars: does not exist"
     assert (error.where, error.problem) == ("task 'cars', /models/cars", "does not exist")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        IntegrityError("IDX-3", "a file", "changed"),
+        BaseMismatchError("BASE-2", "base", "w", "has other values"),
+        UnknownTaskError("bundle", "task", "spma", ["spam"]),
+        CheckpointNotFoundError("there", "there is no such file or directory"),
+        OptionError("density: is 2"),
+    ],
+)
+def test_errors_can_be_pickled(error):
+    """Workers of an executor send them home."""
+    back = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
+    assert type(back) is type(error)
+    assert (str(back), back.args, vars(back)) == (str(error), error.args, vars(error))

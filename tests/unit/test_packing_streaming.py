@@ -10,7 +10,7 @@ from tallstore.checkpoints import open_checkpoint
 from tallstore.format import shard_writer
 from tallstore.packing.group import GroupPacker
 from tallstore.packing.plan import name_experts, parts_by_base_name
-from tallstore.packing.stack import Span, Stack, examine
+from tallstore.packing.stack import KeptVectors, Span, Stack, examine
 from tests.packing_cases import METHODS, assert_same, base_model, contents, experts_of, forced, normal, pack, tuned
 
 WIDTHS_BY_ROW = ["ternary", "uniform", "uniform centred"]  # which a piece of a row cannot choose
@@ -174,13 +174,13 @@ def test_bundles_of_many_shards(tmp_path, monkeypatch, limit, value):
 def told_by_tensor(monkeypatch, *arguments, **options):
     """What a pack tells: all of it, and how far it was when each tensor was done."""
     told, ends = [], {}
-    pack_tensor = GroupPacker.pack_tensor
+    pack_tensor = GroupPacker.pack
 
-    def spied(group, name, parts, advance):
-        pack_tensor(group, name, parts, advance)
+    def spied(group, name, *arguments):
+        pack_tensor(group, name, *arguments)
         ends[name] = told[-1][0]
 
-    monkeypatch.setattr(GroupPacker, "pack_tensor", spied)
+    monkeypatch.setattr(GroupPacker, "pack", spied)
     pack(*arguments, progress=lambda *how: told.append(how), **options)
     return told, ends
 
@@ -228,10 +228,8 @@ def stack_of(base, *experts):
     opened = open_checkpoint({"w": base})
     named = name_experts(opened, {str(n): open_checkpoint({"w": expert}) for n, expert in enumerate(experts)}, {})
     parts = parts_by_base_name(opened, named, ())["w"]
-    stack = Stack(opened, "w", [examine(opened, "w", part) for part in parts])
-    for position in range(len(parts)):
-        stack.keep(position)
-    return stack
+    rooms = KeptVectors().rooms([part.numel for part in parts])
+    return Stack(opened, "w", [examine(opened, "w", part, room) for part, room in zip(parts, rooms, strict=True)])
 
 
 def spans(stack):
