@@ -128,8 +128,8 @@ class Place:
 # --- what is loaded ---
 
 
-def write_synthetic(root: Path, numel: int) -> None:
-    """A random base and two fine-tunes of it, in layers of WIDTH, as safetensors in float32."""
+def write_synthetic(root: Path, numel: int, tasks: int = 2) -> None:
+    """A random base and fine-tunes of it, in layers of WIDTH, as safetensors in float32."""
     generator = torch.Generator().manual_seed(0)
     layers = max(1, numel // (12 * WIDTH * WIDTH))
     shapes = {"q": (1, 1), "k": (1, 1), "v": (1, 1), "o": (1, 1), "up": (4, 1), "down": (1, 4)}
@@ -139,7 +139,7 @@ def write_synthetic(root: Path, numel: int) -> None:
         for name, (rows, columns) in shapes.items()
     }
     base |= {f"layers.{layer}.norm.weight": torch.ones(WIDTH) for layer in range(layers)}
-    for name, spread in (("base", 0.0), ("one", 0.002), ("two", 0.002)):
+    for name, spread in (("base", 0.0), *((f"task-{number}", 0.002) for number in range(tasks))):
         (root / name).mkdir(parents=True)
         moved = {key: value + spread * torch.randn(value.shape, generator=generator) for key, value in base.items()}
         save_file(moved, root / name / "model.safetensors")
@@ -399,7 +399,7 @@ def built(arguments: argparse.Namespace) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="tallstore-load-") as name:
         checkpoints = arguments.built or Path(name) / "float32"
         if arguments.numel:
-            apart(lambda: write_synthetic(checkpoints, arguments.numel))
+            apart(lambda: write_synthetic(checkpoints, arguments.numel, getattr(arguments, "tasks", 2)))
         elif arguments.experts:
             run_experts(arguments.experts, "build", str(checkpoints))
         yield checkpoints

@@ -1,14 +1,16 @@
-"""Anonymous memory of `pack` against the size of its inputs: it must not grow with them.
+"""Anonymous memory and time of `pack` against the size and the number of its inputs.
 
     python benchmarks/memory.py [--sizes 256 1024] [--experts 4]
+    python benchmarks/memory.py --sizes 256 --experts 2 4 8 16
 
-Each size runs in a process of its own, which reads its RssAnon every 5 ms. Mapped inputs are not anonymous: the system
+Memory must not grow with them, and time in proportion. Each pair runs in a process of its own, which reads its RssAnon every 5 ms. Mapped inputs are not anonymous: the system
 takes their pages back whenever it wants.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -69,25 +71,27 @@ def main() -> None:
     """Run every size, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 1024], help="MiB an expert")
-    parser.add_argument("--experts", type=int, default=4)
+    parser.add_argument("--experts", type=int, nargs="+", default=[4])
     parser.add_argument("--watch", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.watch:
         print(json.dumps(pack_and_watch(arguments.watch)))
         return
-    print("| experts | MiB each | peak anonymous MiB | of it after the imports | pack s | against the first |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| experts | MiB each | peak anonymous MiB | against the first | after the imports | s | s a GiB of experts |"
+    )
+    print("|---|---|---|---|---|---|---|")
     first = 0.0
-    for size in arguments.sizes:
+    for size, experts in itertools.product(arguments.sizes, arguments.experts):
         with tempfile.TemporaryDirectory(prefix="tallstore-memory-") as name:
-            write_checkpoints(Path(name), size, arguments.experts)
+            write_checkpoints(Path(name), size, experts)
             command = [sys.executable, __file__, "--watch", name]
             watched = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         peak = watched["peak"] / (1 << 20)
         first = first or peak
         print(
-            f"| {arguments.experts} | {size} | {peak:.0f} | {peak - watched['imports'] / (1 << 20):.0f} |"
-            f" {watched['seconds']:.1f} | {peak / first:.3f} |"
+            f"| {experts} | {size} | {peak:.0f} | {peak / first:.3f} | {peak - watched['imports'] / (1 << 20):.0f} |"
+            f" {watched['seconds']:.1f} | {watched['seconds'] / (experts * size / 1024):.2f} |"
         )
 
 

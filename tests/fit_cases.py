@@ -53,7 +53,7 @@ def prepared(method: Method, vectors: Sequence[Tensor], *, rows: int = 1, pieces
         task: lambda vector=vector: (vector[start : start + pieces] for start in range(0, vector.numel(), pieces))
         for task, vector in zip(TASKS, vectors, strict=False)
     }
-    return prepare(method, Inputs(streams, lambda: [tile(vectors, rows=rows)]))
+    return prepare(method, Inputs(streams, [lambda: [tile(vectors, rows=rows)]]))
 
 
 def rebuilt(fit: Fit, coded: Coded, shared: Shared, rows: int = 1) -> Tensor:

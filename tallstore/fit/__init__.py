@@ -5,19 +5,20 @@ A *method* is what the user chooses (`SignedMask`, `TallMask`, …); a *fit* is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 from tallstore.fit.auto import Auto
 from tallstore.fit.base import Fit
-from tallstore.fit.emr import Emr, EmrFit
+from tallstore.fit.emr import Emr, EmrFit, Tiles
 from tallstore.fit.gain import WIDEST, Gain, Projections, solve
 from tallstore.fit.least_squares import LeastSquares, LeastSquaresFit
 from tallstore.fit.localize import Localize, LocalizeFit
 from tallstore.fit.sides import Kind, Levels, exceeds, present, select, side_values
 from tallstore.fit.sign import Sign, SignFit
 from tallstore.fit.signed_mask import SignedMask, SignedMaskFit
-from tallstore.fit.tall_mask import PUBLISHED_GRID, Chunks, Run, TallMask, TallMaskFit
+from tallstore.fit.tall_mask import PUBLISHED_GRID, Chunks, TallMask, TallMaskFit
 from tallstore.fit.tile import SMALLEST_RMS, Coded, Shared, TaskStatistics, Tile, row_sums
 from tallstore.fit.uniform import Uniform, UniformFit
 
@@ -75,18 +76,22 @@ def _shown(value: object) -> str:
     return "…" if isinstance(value, Mapping) else repr(value)
 
 
+#: Maps a function over items, in their order: `map`, or an executor's.
+Run = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What a fit may have to know before it begins.
 
     Attributes:
         chunks: by task, a function that streams its whole task vector.
-        tiles: streams the tiles of all tensors that will be coded.
-        run: maps a function over the tasks, as `map` does or as an executor's.
+        tensors: for each tensor that will be coded, a function that streams its tiles.
+        run: maps a function over tasks or tensors, as `map` does or as an executor's.
     """
 
     chunks: Mapping[str, Chunks]
-    tiles: Callable[[], Iterable[Tile]] = lambda: ()
+    tensors: Sequence[Tiles] = ()
     run: Run = map
 
 
@@ -106,7 +111,7 @@ def prepare(method: Method, inputs: Inputs, lambdas: Mapping[str, float] | None 
             chosen = dict.fromkeys(inputs.chunks, method.lambdas[0]) if lambdas is None else lambdas
             fit = TallMaskFit.prepare(method, inputs.chunks, chosen, inputs.run)
         case Emr():
-            fit = EmrFit.prepare(method, inputs.tiles)
+            fit = EmrFit.prepare(method, inputs.tensors, inputs.run)
         case LeastSquares():
             fit = LeastSquaresFit(method)
         case Sign():

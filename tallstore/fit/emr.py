@@ -10,6 +10,7 @@ Where task vectors cancel exactly, no sign is elected and merged is 0, as in the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -22,6 +23,13 @@ from tallstore.fit.gain import Gain, check_gain
 from tallstore.fit.sides import exceeds, select
 from tallstore.fit.tile import Coded, Shared, Tile
 from tallstore.format.manifest import Scalar, SharedDtype
+
+#: Streams the tiles of one tensor.
+Tiles = Callable[[], Iterable[Tile]]
+#: Maps a function over tensors: `map`, or an executor's.
+Run = Callable[
+    [Callable[[Tiles], dict[str, tuple[float, float]]], Iterable[Tiles]], Iterable[dict[str, tuple[float, float]]]
+]
 
 
 @dataclass(frozen=True)
@@ -65,21 +73,22 @@ class EmrFit(Fit):
     roles = ("merged",)
 
     @classmethod
-    def prepare(cls, method: Emr, tiles: Callable[[], Iterable[Tile]]) -> EmrFit:
-        """Sum up both sides of every task's rescaler, if they are asked for: one pass over *tiles*."""
+    def prepare(cls, method: Emr, tensors: Iterable[Tiles], run: Run = map) -> EmrFit:
+        """Sum up both sides of every task's rescaler, if they are asked for: one pass over *tensors*.
+
+        Args:
+            method: the method.
+            tensors: for each tensor that will be coded, a function that streams its tiles.
+            run: maps a function over them, as `map` does or as an executor's.
+        """
         if method.gain != "published":
             return cls(method)
-        unscaled = cls(method)
         task_vectors: dict[str, float] = {}
         masked: dict[str, float] = {}
-        for tile in tiles():
-            if not tile.tasks:
-                continue
-            merged = unscaled.merge(tile)["merged"]
-            for task, vector in zip(tile.tasks, tile.task_vectors, strict=True):
-                agreeing = select(_agrees(vector, merged), merged)
-                task_vectors[task] = task_vectors.get(task, 0.0) + vector.abs().sum(dtype=torch.float64).item()
-                masked[task] = masked.get(task, 0.0) + agreeing.abs().sum(dtype=torch.float64).item()
+        for by_task in run(functools.partial(_sides, cls(method)), tensors):
+            for task, (own, agreeing) in by_task.items():
+                task_vectors[task] = task_vectors.get(task, 0.0) + own
+                masked[task] = masked.get(task, 0.0) + agreeing
         return cls(method, {task: task_vectors[task] / total for task, total in masked.items() if total})
 
     def chosen(self, task: str) -> Mapping[str, float]:
@@ -101,6 +110,24 @@ class EmrFit(Fit):
         """Mask of the task at *position*, as 0 and 1."""
         agrees = _agrees(tile.task_vectors[position], shared["merged"])
         return Coded(agrees, self.rescalers.get(tile.tasks[position], 1.0))
+
+
+def _sides(fit: EmrFit, tiles: Tiles) -> dict[str, tuple[float, float]]:
+    """By task, sum |tau_t| and sum |mask_t * merged| over one tensor."""
+    sides: dict[str, tuple[float, float]] = {}
+    for tile in tiles():
+        if not tile.tasks:
+            continue
+        merged = fit.merge(tile)["merged"]
+        for task, vector in zip(tile.tasks, tile.task_vectors, strict=True):
+            agreeing = select(_agrees(vector, merged), merged)
+            own, masked = sides.get(task, (0.0, 0.0))
+            sides[task] = (own + _sum_magnitudes(vector), masked + _sum_magnitudes(agreeing))
+    return sides
+
+
+def _sum_magnitudes(vector: Tensor) -> float:
+    return vector.abs().sum(dtype=torch.float64).item()
 
 
 def _agrees(vector: Tensor, merged: Tensor) -> Tensor:

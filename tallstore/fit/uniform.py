@@ -20,7 +20,7 @@ from torch import Tensor
 from tallstore.errors import OptionError
 from tallstore.fit.base import Fit
 from tallstore.fit.gain import Gain, check_choice, check_gain, check_number
-from tallstore.fit.sides import Levels
+from tallstore.fit.sides import Levels, exceeds, select
 from tallstore.fit.tile import Coded, ScaleBy, Shared, Tile, centre
 from tallstore.format.manifest import Role, Scalar, SharedDtype
 
@@ -139,7 +139,7 @@ class UniformFit(Fit):
             cosine = torch.where(energy > 0, along / energy.sqrt(), 0.0)
             better = cosine > best
             best = torch.where(better, cosine, best)
-            chosen = torch.where(better, levels, chosen)
+            chosen = torch.lerp(chosen, levels, better.float())  # one or the other, as it is
             scale = torch.where(better, torch.where(energy > 0, along / energy, 0.0), scale)
         if self.method.centre:  # a reader adds it where something is added to it: a row that it meets needs a scale
             scale = torch.maximum(scale, _SMALLEST_SCALE * tile.of_rows(statistics.row_rms)[:, None])
@@ -152,10 +152,10 @@ class UniformFit(Fit):
     def _levels(self, rows: Tensor, width: Tensor) -> Tensor:
         """The level of each element, as float32; *width* [rows, 1] is a step, or for 3 levels a threshold."""
         if self.method.levels == 3:
-            return torch.where(rows.abs() > width, torch.sign(rows), 0.0)
+            return select(exceeds(rows.abs(), width), torch.sign(rows))
         half = self.method.levels / 2
-        steps = torch.where(width > 0, rows / width, 0.0)
-        return steps.floor().clamp(-half, half - 1) + 0.5
+        steps = rows / torch.where(width > 0, width, torch.inf)
+        return steps.floor_().clamp_(-half, half - 1).add_(0.5)
 
     def _codes(self, levels: Tensor) -> Tensor:
         offset = 1.0 if self.method.levels == 3 else (self.method.levels - 1) / 2

@@ -17,6 +17,7 @@ from tallstore.files import Written
 from tallstore.fit import Method
 from tallstore.format import layout, parsing
 from tallstore.format import manifest as tables
+from tallstore.format.bits import Bytes
 from tallstore.format.dtypes import CHUNK_NUMEL
 from tallstore.packing.companions import companions, reading
 from tallstore.packing.fidelity import combine
@@ -30,7 +31,7 @@ def base_table(base: Checkpoint) -> tables.BaseTable:
     for name in base.names:
         spec = base.spec(name)
         alias = base.aliases.get(name)
-        hashes = () if alias else tuple(xxhash.xxh3_128_hexdigest(chunk) for chunk in _chunks(base, name))
+        hashes = () if alias else tuple(xxhash.xxh3_128_hexdigest(chunk.data) for chunk in _chunks(base, name))
         tensors.append(tables.BaseTensor(name=name, dtype=spec.dtype, shape=spec.shape, chunks=hashes, alias_of=alias))
     return tables.BaseTable(format="tallstore.base", tensors=tuple(tensors))
 
@@ -44,7 +45,7 @@ def write_base(base: Checkpoint, table: tables.BaseTable, root: Path, *, embed: 
         directory.mkdir()
         specs = {name: base.spec(name) for name in base.names if name not in base.aliases}
         for name, file in checkpoint_writer.write_checkpoint(
-            directory, specs, lambda name: _chunks(base, name)
+            directory, specs, lambda name: (chunk.tobytes() for chunk in _chunks(base, name))
         ).items():
             written[f"{layout.BASE_DIRECTORY}/{name}"] = file
         for name, path in companions(base.directory).items():
@@ -54,10 +55,10 @@ def write_base(base: Checkpoint, table: tables.BaseTable, root: Path, *, embed: 
     return written
 
 
-def _chunks(checkpoint: Checkpoint, name: str) -> Iterator[bytes]:
+def _chunks(checkpoint: Checkpoint, name: str) -> Iterator[Bytes]:
     numel = checkpoint.spec(name).numel
     for start in range(0, numel, CHUNK_NUMEL):
-        yield checkpoint.read_bytes(name, start, min(start + CHUNK_NUMEL, numel)).tobytes()
+        yield checkpoint.read_bytes(name, start, min(start + CHUNK_NUMEL, numel))
 
 
 def write_group(group: GroupPacker, method: tables.Method, root: Path) -> dict[str, Written]:
@@ -83,10 +84,19 @@ def recorded_method(method: Method) -> tables.Method:
 
 
 def write_task(
-    task: GroupTask, group: str, root: Path, *, score: float | None, chosen: Mapping[str, float]
+    task: GroupTask,
+    group: str,
+    root: Path,
+    shards: tuple[tables.Shard, ...],
+    by_name: Mapping[str, Written],
+    *,
+    score: float | None,
+    chosen: Mapping[str, float],
 ) -> tuple[tables.TaskTable, dict[str, Written]]:
-    """Finish one task's shards, store its companion files, write task.json; its table, and the files by path."""
-    shards, by_name = task.writer.finish()
+    """Store one task's companion files, write task.json; its table, and the files by path.
+
+    *shards* and *by_name* are what its writer finished with.
+    """
     slug = task.slug
     written = {f"{layout.task_directory(slug)}/{name}": file for name, file in by_name.items()}
     carried = []

@@ -108,7 +108,8 @@ class Job:
             expert.task: functools.partial(self._task_vector_chunks, position)
             for position, expert in enumerate(self.experts)
         }
-        fit = prepare(method, Inputs(streams, self._tiles, self.pool.map))
+        tensors = [functools.partial(self._tiles, base_name) for base_name in self._parts]
+        fit = prepare(method, Inputs(streams, tensors, self.pool.map))
         if passes_before(method):
             self._meter.end_phase()
         return fit
@@ -123,13 +124,13 @@ class Job:
                         yield chunk
                         self._meter.advance(chunk.numel() * itemsize(part.spec.dtype))
 
-    def _tiles(self) -> Iterator[Tile]:
-        """Every tile that will be coded."""
-        for base_name, parts in self._parts.items():
-            stack = coded_stack(self.base, base_name, parts)
-            if stack is not None:
-                yield from map(stack.tile, stack.spans)
-            self._meter.advance(sum(part.spec.nbytes for part in parts))
+    def _tiles(self, base_name: str) -> Iterator[Tile]:
+        """Every tile of one base tensor that will be coded."""
+        parts = self._parts[base_name]
+        stack = coded_stack(self.base, base_name, parts)
+        if stack is not None:
+            yield from map(stack.tile, stack.spans)
+        self._meter.advance(sum(part.spec.nbytes for part in parts))
 
     @functools.cached_property
     def _table(self) -> tables.BaseTable:
@@ -175,10 +176,11 @@ class Job:
         method = assemble.recorded_method(fitting.method)
         written |= assemble.write_group(group, method, root)
         entries, packed = [], []
-        for task in group.tasks.values():
+        finished = self.pool.map(lambda task: task.writer.finish(), group.tasks.values())
+        for task, (shards, by_name) in zip(group.tasks.values(), finished, strict=True):
             name = task.expert.task
             table, task_files = assemble.write_task(
-                task, group.id, root, score=fitting.scores.get(name), chosen=fitting.chosen(name)
+                task, group.id, root, shards, by_name, score=fitting.scores.get(name), chosen=fitting.chosen(name)
             )
             written |= task_files
             numel = assemble.parameters(task.expert.checkpoint)

@@ -52,7 +52,8 @@ def test_small_numbers_of_one_sign_agree():
 def test_the_rescaler_is_over_all_of_a_tasks_tensors():
     first, second = task_vectors(1.0, 0.5, 2.0), task_vectors(0.1, 3.0, seed=2)
     tiles = [tile(first, 0, 2000), tile(first, 2000, 5000), tile(second)]  # the third task lacks the second tensor
-    fit = prepare(Emr("published"), Inputs({task: lambda: iter(()) for task in TASKS[:3]}, lambda: tiles))
+    tensors = [lambda: tiles[:2], lambda: tiles[2:]]
+    fit = prepare(Emr("published"), Inputs({task: lambda: iter(()) for task in TASKS[:3]}, tensors))
     merged = [fit_reference.elected(first), fit_reference.elected(second)]
     for position, task in enumerate(TASKS[:3]):
         own = [vectors[position] for vectors in (first, second) if position < len(vectors)]
@@ -75,7 +76,7 @@ def test_other_gains_read_nothing_first(gain):
     def tiles():
         raise AssertionError
 
-    assert prepare(Emr(gain), Inputs({}, tiles)).rescalers == {}
+    assert prepare(Emr(gain), Inputs({}, [tiles])).rescalers == {}
 
 
 @pytest.mark.parametrize("length", [7, 900])

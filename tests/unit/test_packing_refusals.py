@@ -268,7 +268,7 @@ def test_an_output_that_leads_into_an_input_by_a_link(refused, experts, tmp_path
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("call", [1, 3, 5])
+@pytest.mark.parametrize("call", [1, 2, 3])
 def test_an_error_in_progress_leaves_nothing(refused, experts, error, call):
     calls = []
 
