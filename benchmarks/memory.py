@@ -3,8 +3,8 @@
     python benchmarks/memory.py [--sizes 256 1024] [--experts 4]
     python benchmarks/memory.py --sizes 256 --experts 2 4 8 16
 
-Memory must not grow with them, and time in proportion. Each pair runs in a process of its own, which reads its RssAnon every 5 ms. Mapped inputs are not anonymous: the system
-takes their pages back whenever it wants.
+Memory must not grow with them, and time in proportion. Each pair runs in a process of its own, which reads its RssAnon
+every 5 ms. Mapped inputs are not anonymous: the system takes their pages back whenever it wants.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@
 
 DIR of --experts is as for fidelity.py; --numel makes a random base and --tasks fine-tunes of that many parameters; DIR
 of --built holds `base` and a directory a task, each with a model.safetensors. Every run is in a forked process of its
-own, and they take turns. "Reading" opens every file with safetensors, copies each tensor into memory and sums it up; the
-second row leaves out the copy: pages of the file are mapped and read where they are. For memory, and how both grow with
-size and number of experts, see memory.py.
+own, and they take turns. "Reading" opens every file with safetensors, copies each tensor into memory and sums it up;
+the second row leaves out the copy: pages of the file are mapped and read where they are. For memory, and how both grow
+with size and number of experts, see memory.py.
 """
 
 from __future__ import annotations

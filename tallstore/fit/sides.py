@@ -17,10 +17,10 @@ Kind = Literal["mask", "signed", "two-level", "sign", "sparse", "uniform"]
 Levels = Literal[3, 4, 8, 16]
 
 
-def exceeds(values: Tensor, limits: Tensor | float) -> Tensor:
-    """1 where *values*, float32, are greater than *limits*, and 0 elsewhere: uint8, of their shape."""
-    other = limits.numpy() if isinstance(limits, Tensor) else np.float32(limits)
-    return torch.from_numpy(np.greater(values.numpy(), other).view(np.uint8))
+def exceeds(values: Tensor | float, limits: Tensor | float) -> Tensor:
+    """1 where *values*, float32, are greater than *limits*, and 0 elsewhere: uint8. One of them is a tensor."""
+    first, second = (given.numpy() if isinstance(given, Tensor) else np.float32(given) for given in (values, limits))
+    return torch.from_numpy(np.greater(first, second).view(np.uint8))
 
 
 def select(bits: Tensor, values: Tensor) -> Tensor:

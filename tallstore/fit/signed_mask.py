@@ -87,5 +87,5 @@ class SignedMaskFit(Fit):
         threshold = self.method.threshold if tile.shared_by > 1 else 0.0
         kept = exceeds(tile.at_unit(position, self.method.scale).abs_(), threshold * merged) & exceeds(merged, 0.0)
         # 1 for plus, 2 for minus: moved up by one where the task vector is negative.
-        codes = kept << exceeds(-tile.task_vectors[position], 0.0)
+        codes = kept << exceeds(0.0, tile.task_vectors[position])
         return Coded(codes, tile.scale_of(position, self.method.scale))

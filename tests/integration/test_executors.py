@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import Executor
 from pathlib import Path
 
 import pytest
@@ -75,14 +76,14 @@ def test_mpi(tmp_path, files):
 def test_ray(tmp_path, files):
     ray = pytest.importorskip("ray")
     base, experts = files
-
-    class RayExecutor(Executor):
-        def submit(self, function, /, *arguments, **keywords):
-            return ray.remote(function).remote(*arguments, **keywords).future()
-
+    (shim,) = re.findall(
+        r"^```py\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    shown = {"concurrent": concurrent, "ray": ray}
+    exec(compile(shim, "README.md", "exec"), shown)  # noqa: S102 - that is what the test is for
     ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
     try:
-        tallstore.pack(base, experts, tmp_path / "there", executor=RayExecutor())
+        tallstore.pack(base, experts, tmp_path / "there", executor=shown["RayExecutor"]())
     finally:
         ray.shutdown()
     assert contents(tmp_path / "there") == contents(tmp_path / "here")

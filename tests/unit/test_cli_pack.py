@@ -13,6 +13,7 @@ import tallstore
 from tallstore.cli import methods, progress_bar
 from tests.command_line import misused, refused, run
 from tests.model_directories import expert_tensors, pack_models, save_model, save_models
+from tests.packing_cases import contents
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,16 @@ def test_it_writes_a_bundle_and_says_how_it_went(pack, tmp_path):
     assert "stored whole, the base does not have it: head.weight; " in result.stdout
     assert result.stderr == ""  # no progress bar where stderr is no terminal
     assert tallstore.verify(tmp_path / "bundle") == []
+
+
+def test_processes_write_the_same_bundle(pack, models, tmp_path):
+    pack("--workers", "2")
+    run("pack", "--base", models / "base", "--experts", models, "--out", tmp_path / "threads")
+    assert contents(tmp_path / "bundle") == contents(tmp_path / "threads")
+
+
+def test_a_pack_takes_at_least_one_worker():
+    assert "--workers" in misused("pack", "--base", "b", "--experts", "e", "--out", "o", "--workers", "0")
 
 
 def test_experts_by_name(models, tmp_path):
@@ -160,6 +171,7 @@ def test_every_option_is_passed_on(models, tmp_path, monkeypatch):
         "compress": False,
         "overwrite": True,
         "dry_run": True,
+        "executor": None,
     }
 
 

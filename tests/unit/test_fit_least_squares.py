@@ -9,7 +9,7 @@ import torch
 
 from tallstore import LeastSquares
 from tallstore.fit import LeastSquaresFit, prepare
-from tallstore.fit.least_squares import best_level, best_split
+from tallstore.fit.least_squares import ascending, best_level, best_split
 from tests import fit_reference
 from tests.fit_cases import Inputs, rebuilt, task_vectors, tile
 from tests.reference import same_bits
@@ -168,3 +168,16 @@ def test_pieces_are_fitted_as_the_whole_is(levels, scale, length):
         for role, vector in fit.merge(piece).items():
             assert same_bits(vector, part[role])
         assert same_bits(fit.code(piece, 1, part).codes, fit.code(whole, 1, shared).codes[start : start + length])
+
+
+@pytest.mark.parametrize("count", range(1, 12))
+def test_tensors_are_sorted_among_each_other(count):
+    """A network of exchanges that sorts all zeros and ones sorts all numbers."""
+    patterns = (torch.arange(1 << count)[None, :] >> torch.arange(count)[:, None] & 1).float()
+    assert torch.equal(torch.stack(ascending(list(patterns))), patterns.sort(0).values)
+
+
+@pytest.mark.parametrize("count", [16, 17, 33, 100])
+def test_so_are_many(count):
+    values = torch.randn(count, 500, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.stack(ascending(list(values))), values.sort(0).values)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -18,6 +19,9 @@ from tallstore.cli.inputs import (
     read_pairs,
 )
 from tallstore.cli.methods import GainName, MergedDtype, MethodName, ScaleName, ValuesDtype, given_options, make_method
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
 USAGE: Final = "--base BASE (--experts DIR|FILE | --expert NAME=PATH …) --out DIR [OPTIONS]"
 EXAMPLES: Final = """\
@@ -208,6 +212,16 @@ def pack(
         bool,
         typer.Option("--overwrite", help="Replace the bundle that is there.", rich_help_panel=_OUTPUT),
     ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Pack on so many processes instead of this one's threads: the same bundle.",
+            rich_help_panel=_OUTPUT,
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON, for scripts.", rich_help_panel=_OUTPUT)
     ] = False,
@@ -234,7 +248,7 @@ def pack(
 
     from tallstore.cli import progress_bar, terminal  # noqa: PLC0415 - rich
 
-    with progress_bar.show("packing") as progress:
+    with _processes(workers) as executor, progress_bar.show("packing") as progress:
         report = tallstore.pack(
             source,
             named,
@@ -248,6 +262,7 @@ def pack(
             compress=not no_compress,
             overwrite=overwrite,
             dry_run=dry_run,
+            executor=executor,
             progress=progress,
         )
     if as_json:
@@ -257,3 +272,15 @@ def pack(
     from tallstore.cli.views.packed import print_packed  # noqa: PLC0415 - torch
 
     print_packed(report, embedded=embed_base)
+
+
+def _processes(workers: int | None) -> contextlib.AbstractContextManager[Executor | None]:
+    """So many processes to pack on; None where none are asked for."""
+    if workers is None:
+        return contextlib.nullcontext()
+
+    import multiprocessing  # noqa: PLC0415 - what is seldom asked for is loaded where it is
+    from concurrent.futures import ProcessPoolExecutor  # noqa: PLC0415
+
+    # Begun anew: a forked process would inherit torch's state, but not its threads.
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
