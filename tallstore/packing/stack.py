@@ -25,6 +25,7 @@ _SHORTEST_ROW = 64  # elements; a scale and a step a row would cost a bit a para
 _LONGEST_WHOLE_ROW = 1 << 22  # longer rows are streamed in pieces
 _KEPT_NBYTES = 128 << 20  # task vectors up to this size are kept between passes instead of read again
 _FIRST_LOOK_NUMEL = 1 << 10
+_EXAMINED_NUMEL = 1 << 16
 
 
 def is_merged(given: Checkpoint, base: Checkpoint, name: str) -> bool:
@@ -100,14 +101,19 @@ def examine(base: Checkpoint, base_name: str, part: Part, room: Tensor | None = 
     magnitudes = torch.zeros_like(squares)
     for start, stop in row_pieces(part.numel, row_length):
         reference, finetuned = base.read(base_name, start, stop), part.expert.checkpoint.read(part.name, start, stop)
-        vector = task_vector(reference, finetuned, None if room is None else room[start:stop])
-        first, count = start // row_length, max(1, (stop - start) // row_length)
-        found_squares, found_magnitudes = row_sums(vector.view(count, -1))
-        if not torch.isfinite(found_squares).all():
+        # In bits that stay in the cache, of whole rows where rows are no longer than a piece.
+        step = max(1, _EXAMINED_NUMEL // row_length) * row_length
+        for begin in range(0, stop - start, step):
+            end = min(begin + step, stop - start)
+            out = None if room is None else room[start + begin : start + end]
+            vector = task_vector(reference[begin:end], finetuned[begin:end], out)
+            first, count = (start + begin) // row_length, max(1, (end - begin) // row_length)
+            found_squares, found_magnitudes = row_sums(vector.view(count, -1))
+            squares[first : first + count] += found_squares
+            magnitudes[first : first + count] += found_magnitudes
+        if not torch.isfinite(squares).all():
             _refuse_non_finite(part, reference, finetuned, start)
             return Examined(replace(part, whole_because="its task vector is beyond float32"))
-        squares[first : first + count] += found_squares
-        magnitudes[first : first + count] += found_magnitudes
     return Examined(part, statistics=TaskStatistics(part.numel, squares, magnitudes), task_vector=room)
 
 
