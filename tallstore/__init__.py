@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         UnsafeCheckpointError,
         UnsupportedFeatureError,
         UnsupportedVersionError,
+        WorkerError,
     )
     from tallstore.fit import Auto, Emr, LeastSquares, Localize, Sign, SignedMask, TallMask, Uniform
     from tallstore.inspecting.statistics import Statistics
@@ -102,6 +103,7 @@ __all__ = [
     "UnsafeCheckpointError",
     "UnsupportedFeatureError",
     "UnsupportedVersionError",
+    "WorkerError",
     "compare",
     "open_bundle",
     "pack",
