@@ -26,8 +26,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from apart import apart
 from fidelity import copy_as
-from load import apart, built
+from load import built
 from safetensors import safe_open
 
 from tallstore import (
