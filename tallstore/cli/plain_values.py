@@ -37,7 +37,8 @@ def spare_pydantic(parameter: Any) -> None:  # noqa: ANN401 - of a class of type
     A path is not looked at here: what is missing or must not be read is said by who opens it.
     """
     own = getattr(parameter, "get_runtime_param", None)
-    known = own is not None and hasattr(parameter, "type_descriptor")
-    if known and "get_runtime_param" not in vars(parameter):  # once
+    if own is None or not hasattr(parameter, "type_descriptor"):
+        return
+    if "get_runtime_param" not in vars(parameter):  # once
         plain = _Plain(own)
         parameter.get_runtime_param = lambda: plain
