@@ -1,11 +1,12 @@
 """How often a packed expert predicts what the true expert predicts, beside the dense float64 formula of the same fit.
 
-    python benchmarks/fidelity.py --experts DIR [--tasks NAME,NAME] [--fits TEXT ...]
+    pip install deltatensors==0.2.0
+    python benchmarks/fidelity.py --experts DIR [--tasks NAME,NAME] [--fits TEXT ...] [--no-formulas]
     python benchmarks/fidelity.py --small 20 [--trained OUT]
 
 DIR holds fine-tunes and an `experts.py` that builds their checkpoints (`build OUT`) and scores reconstructions
 (`score OUT TASK FILE...`); --small trains its experts itself (small_experts.py). Every expert is packed, loaded back
-from the bundle's bytes, written with `export`, and scored.
+from the bundle's bytes, written with `export`, and scored. A peer that is not installed is left out, and told of.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import dense_fits
 import small_experts
 import torch
 from dense_fits import DenseFit, Weights
+from peer_stores import Expert, Peer, peers
 from safetensors.torch import load_file, save_file
 
 import tallstore
@@ -38,12 +40,13 @@ MOST_COLUMNS = 4  # more tasks than that get no column each
 
 @dataclass(frozen=True)
 class Fit:
-    """What is packed, and its formula; one of them may be missing."""
+    """What is packed, or stored by a peer, and its formula; one of them may be missing."""
 
     name: str
     method: Method | None = None
     dense: DenseFit | None = None
     nominal_bits: float | None = None
+    peer: Peer | None = None
 
 
 def formula(name: str, dense: DenseFit, nominal_bits: float | None = None) -> Fit:
@@ -53,6 +56,7 @@ def formula(name: str, dense: DenseFit, nominal_bits: float | None = None) -> Fi
 
 FITS = (
     Fit("SignedMask()", tallstore.SignedMask(), DenseFit(dense_fits.signed_mask(1.2))),
+    Fit("SignedMask(threshold=0.9)", tallstore.SignedMask(0.9), DenseFit(dense_fits.signed_mask(0.9))),
     Fit("SignedMask(scale='row')", tallstore.SignedMask(scale="row"), DenseFit(dense_fits.signed_mask(1.2, "row"))),
     Fit("TallMask()", tallstore.TallMask(), DenseFit(dense_fits.tall_mask(1.0))),
     Fit(
@@ -78,18 +82,29 @@ FITS = (
         DenseFit(dense_fits.uniform(3, "tensor")),
     ),
     Fit(
+        "Uniform(levels=3, scale='tensor', threshold=1.5)",
+        tallstore.Uniform(levels=3, scale="tensor", threshold=1.5),
+        DenseFit(dense_fits.uniform(3, "tensor", threshold=1.5)),
+    ),
+    Fit(
         "Uniform(levels=3, threshold=1.0)",
         tallstore.Uniform(levels=3, threshold=1.0),
         DenseFit(dense_fits.uniform(3, threshold=1.0)),
     ),
     Fit("Uniform()", tallstore.Uniform(), DenseFit(dense_fits.uniform(4))),
     Fit("Uniform(levels=8)", tallstore.Uniform(levels=8), DenseFit(dense_fits.uniform(8))),
-    Fit("Localize()", tallstore.Localize(), DenseFit(dense_fits.localize, "published", kept=0.01)),
+    Fit("Localize()", tallstore.Localize(), DenseFit(dense_fits.localize, kept=0.01)),
+    Fit(
+        "Localize(gain='published')",
+        tallstore.Localize(gain="published"),
+        DenseFit(dense_fits.localize, "published", kept=0.01),
+    ),
     Fit("Auto(1.1)", tallstore.Auto(1.1)),
     *(
         formula(f"TVQ, {nbits} bits", DenseFit(dense_fits.asymmetric(nbits), "published"), float(nbits))
         for nbits in (2, 3, 4)
     ),
+    *(Fit(peer.name, peer=peer) for peer in peers("float32") if peer.package == "deltatensors"),
 )
 
 Scorer = Callable[[str, list[Path]], list[tuple[float, float]]]
@@ -121,12 +136,13 @@ class Row:
     """One fit.
 
     Attributes:
-        dense, packed: agreement in percent by task, from the formula and from the bundle; empty where there is none.
+        dense, packed: agreement in percent by task, from the formula, and from the bundle or a peer's files; empty
+            where there is none.
         accuracy: by task, in percent; from the bundle where there is one.
         cosine: mean over the tasks, of what is coded; from the bundle where there is one.
-        bits: a coded parameter of an expert costs, its share of the shared vectors included.
-        nbytes: of the bundle.
-        whole: tensors of at least 4,096 elements that were stored whole because the fit degenerated, over all tasks.
+        bits: a parameter costs that was to be coded (see `tallstore.inspecting.cost`); of a peer, any parameter.
+        nbytes: of the bundle; of a peer, of its files.
+        whole: tensors that were stored whole because the fit degenerated, over all tasks; *bits* has them too.
         seconds: `pack` took.
     """
 
@@ -221,20 +237,27 @@ def measure(
             for number, fit in enumerate(fits[first : first + AT_ONCE]):
                 one = Made(Row(family.dtype, fit.name, {}, {}, {}, 0.0, fit.nominal_bits))
                 if fit.dense is not None:
-                    rebuilt = dense_fits.rebuild(fit.dense, base, experts, precision)
-                    one = replace(one, dense=_save(rebuilt, Path(place) / f"{number}-dense"))
-                    if fit.method is None:
-                        found = [dense_fits.cosine(fit.dense, base, experts[task], rebuilt[task]) for task in experts]
-                        one = replace(one, row=replace(one.row, cosine=statistics.mean(found)))
-                    del rebuilt
-                if fit.method is not None:
-                    try:
+                    one = _compute(
+                        one, fit.dense, base, experts, place=Path(place) / f"{number}-dense", precision=precision
+                    )
+                try:
+                    if fit.peer is not None:
+                        one = _store(one, fit.peer, family, Path(place) / f"{number}-peer")
+                    elif fit.method is not None:
                         one = _pack(one, fit.method, family, Path(place) / f"{number}-packed")
-                    except tallstore.OptionError as error:
-                        print(f"{fit.name}: {error}", file=sys.stderr)
+                except (tallstore.OptionError, ValueError) as error:  # a peer's, of heads of different classes
+                    print(f"{fit.name}: {error}", file=sys.stderr)
                 if one.dense or one.packed:
                     made.append(one)
             yield from _scored(family, made)
+
+
+def _compute(
+    one: Made, dense: DenseFit, base: Weights, experts: Mapping[str, Weights], *, place: Path, precision: torch.dtype
+) -> Made:
+    rebuilt = dense_fits.rebuild(dense, base, experts, precision)
+    found = [dense_fits.cosine(dense, base, experts[task], rebuilt[task]) for task in experts]
+    return replace(one, row=replace(one.row, cosine=statistics.mean(found)), dense=_save(rebuilt, place))
 
 
 def _save(rebuilt: Mapping[str, Weights], place: Path) -> dict[str, Path]:
@@ -258,11 +281,28 @@ def _pack(one: Made, method: Method, family: Family, place: Path) -> Made:
         cosine=statistics.mean(task.cosine or 0.0 for task in report.tasks),
         bits=statistics.mean(task.bits or 0.0 for task in report.tasks),
         nbytes=report.bundle_nbytes,
-        whole=sum("fit" in stored.reason for task in report.tasks for stored in task.whole),
+        whole=sum(stored.degenerate for task in report.tasks for stored in task.whole),
         seconds=seconds,
     )
     files = {task: place.with_name(f"{place.name}-{task}") / "model.safetensors" for task in family.tasks}
     return replace(one, row=row, packed=files)
+
+
+def _store(one: Made, peer: Peer, family: Family, place: Path) -> Made:
+    if missing := peer.missing():
+        raise ValueError(missing)
+    base, sizes, cosines, packed = family.weights("base"), [], [], {}
+    for task in family.tasks:
+        folder = place / task
+        folder.mkdir(parents=True)
+        stored = peer.store(Expert(family.checkpoints / "base", family.checkpoints / task, folder), folder)
+        sizes.append(stored.nbytes)
+        packed[task] = place / f"{task}.safetensors"
+        save_file({name: value.contiguous() for name, value in stored.weights.items()}, packed[task])
+        cosines.append(dense_fits.cosine(DenseFit(dense_fits.sign()), base, family.weights(task), stored.weights))
+    bits = 8 * statistics.mean(sizes) / sum(value.numel() for value in base.values())
+    row = replace(one.row, cosine=statistics.mean(cosines), bits=bits, nbytes=sum(sizes))
+    return replace(one, row=row, packed=packed)
 
 
 def _scored(family: Family, made: Sequence[Made]) -> list[Row]:
@@ -332,8 +372,11 @@ def main() -> None:
     add_source(parser)
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--fits", nargs="+", default=[""], metavar="TEXT", help="only those with a TEXT in their name")
+    parser.add_argument("--no-formulas", action="store_true", help="score what was packed alone, in half the time")
     arguments = parser.parse_args()
     fits = [fit for fit in FITS if any(text in fit.name for text in arguments.fits)]
+    if arguments.no_formulas:
+        fits = [fit if fit.method is None else replace(fit, dense=None) for fit in fits]
     for dtype in arguments.dtypes:
         with open_family(arguments, dtype) as family, tempfile.TemporaryDirectory() as scratch:
             if dtype == arguments.dtypes[0]:

@@ -150,6 +150,10 @@ class Packed:
             return torch.tensor([coded.code.gain], dtype=torch.float32)
         return torch.from_numpy(self.files.payload(self.files.task(task), stored).all().view(np.float32).copy())
 
+    def unit(self, task: str, name: str) -> float:
+        """Of the values of a sparse tensor."""
+        return self._coded(task, name).code.unit
+
     def values(self, task: str, name: str) -> Tensor:
         """The values of a sparse tensor, in the dtype that they are stored in."""
         coded = self._coded(task, name)

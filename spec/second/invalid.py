@@ -441,6 +441,7 @@ TABLES = {
     "tab-1-same-shape": load("the same, of another shape", tensor("ids", "shape", value=[1, 3])),
     "tab-1-same-dtype": load("int64 that is the same as float32", tensor("ids", "dtype", value="F32")),
     "tab-1-vector": load("a shared vector over int64", extra("vectors", float_vector("ids", 3))),
+    "tab-2-private": load("whole, and of a base tensor that is not there", tensor("head", "base", value="w2")),
     "tab-2-base": load("a base tensor that is not there", tensor("w", "base", value="W")),
     "tab-2-dropped": load("dropped, and not in the base", tensor("gone", "name", value="went")),
     "tab-2-vector": load("a shared vector over nothing", extra("vectors", float_vector("U", 4))),

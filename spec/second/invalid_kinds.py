@@ -259,6 +259,17 @@ COUNTS = {
     ),
 }
 
+UNITS = {
+    "tab-10-three": load("a unit of 3", tensor("s", "unit", value=3.0)),
+    "tab-10-zero": load("a unit of 0", tensor("s", "unit", value=0.0)),
+    "tab-10-negative": load("a unit of -1/2", tensor("s", "unit", value=-0.5)),
+    "tab-10-small": load("a unit of 2^-61", tensor("s", "unit", value=2.0**-61)),
+    "tab-10-large": load("a unit of 2^61", tensor("z", "unit", value=2.0**61)),
+    "tab-10-leading": load("a unit of 3/4 of leading rows", tensor("es", "leading", "unit", value=0.75)),
+    "json-3-unit": load("a unit in a string", tensor("s", "unit", value="1")),
+    "ver-3-unit": load("a unit of signs", tensor("g", "unit", value=1.0)),
+}
+
 INDEXES = {
     "idx-5-one-chunk": load("a rank of the only chunk: its own bits", ranks(0, 5)),
     "idx-5-sign": load("a rank of signs", ranks(6)),
@@ -356,7 +367,7 @@ def on_ranked(cases: dict[str, Invalid]) -> dict[str, Invalid]:
 
 
 INVALID_KINDS: dict[str, Invalid] = {
-    **on(own_scales, JSON | OWN_TABLES | COUNTS | INDEXES | OWN_CONTENTS),
+    **on(own_scales, JSON | OWN_TABLES | COUNTS | UNITS | INDEXES | OWN_CONTENTS),
     **on(two_vectors, TWO_TABLES | TWO_CONTENTS),
     **on_ranked(RANKED),
 }

@@ -142,13 +142,16 @@ class Task:
         table, self.expected[name] = self._coded("uniform", name, codes, levels=levels, **options)
         self.tensors.append(table)
 
-    def private(self, name: str, tensor: Array, codec: str = "raw", stored: bytes | None = None) -> None:
+    def private(
+        self, name: str, tensor: Array, codec: str = "raw", stored: bytes | None = None, base: str | None = None
+    ) -> None:
         """A tensor that is stored whole."""
         chunks = None if stored is None else (stored,)
         values = Payload(
             f"values/{name}", tensor.dtype, tensor.count, tensor.raw, codec, self.private_file, stored=chunks
         )
-        row = {"kind": "private", "name": name, "dtype": tensor.dtype, "shape": list(tensor.shape)}
+        row: Json = {"kind": "private", "name": name} | ({"base": base} if base else {})
+        row |= {"dtype": tensor.dtype, "shape": list(tensor.shape)}
         self.tensors.append(row | {"values": values if tensor.count else None})
         self.expected[name] = tensor
 
@@ -214,6 +217,7 @@ class Task:
         own: Array | None = None,
         own_codec: str = "raw",
         own_file: str | None = None,
+        unit: float | None = None,
         levels: int = 0,
     ) -> tuple[Json, Array]:
         source = self.group.base.tensor(base or name)
@@ -244,7 +248,8 @@ class Task:
             row["levels"] = levels
         if own is not None:
             payload = Payload(f"values/{name}", own.dtype, own.count, own.raw, own_codec, own_file or self.mask_file)
-            row |= {"count": own.count, "values_dtype": own.dtype, "values": payload if own.count else None}
+            row |= {"count": own.count, "values_dtype": own.dtype} | ({"unit": unit} if unit is not None else {})
+            row["values"] = payload if own.count else None
         return row, result
 
     def document(self) -> Json:

@@ -368,7 +368,9 @@ def private_tensors() -> Valid:
     task.private("empty", Array("F32", (0,), b""))
     task.private("empty rows", Array("I64", (3, 0, 2), b""))
     task.private("nan", patterns("BF16", (3,), [0x7F81, 0xFFFF, 0x8000]), "pooled")
-    return Valid(assemble(base, [group], [task]), "TAB-6 BOOL-1")
+    first, *_ = base.tensors
+    task.private("descends", patterns("I8", (3,), [1, 2, 3]), "pooled", base=first)
+    return Valid(assemble(base, [group], [task]), "TAB-2 TAB-6 BOOL-1")
 
 
 def resized() -> Valid:

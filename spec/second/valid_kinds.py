@@ -151,7 +151,7 @@ def sparse() -> Valid:
         gains = mixed_gains(name, row_count(shape, axes)) if name != "last" else None
         task.sparse(
             name, bits, own_values(name, "F16", len(at)), gain=-1.5, gains=gains, row_axes=axes,
-            codec=("pooled", "raw")[number % 2],
+            codec=("pooled", "raw")[number % 2], unit=[2.0**-60, 2.0**60, 1.0, 0.5][number % 4],
         )  # fmt: skip
     nothing = np.zeros(6, np.int64)
     task.sparse("none", nothing, Array("BF16", (0,), b""))
@@ -161,7 +161,7 @@ def sparse() -> Valid:
         del task.tensors[-1][key]  # absent is null, and 1
     task.sparse("zeros", 1 - nothing, array("BF16", (6,), np.zeros(6)), gain=4.0)
     task.sparse("fma", 1 + np.zeros(11, np.int64), Array("F32", (11,), value.tobytes()), gain=scale)
-    return Valid(assemble(base, [task.group], [task]), "TAB-6 TAB-9 IDX-5 NUM-2 REC-1 REC-2 REC-5")
+    return Valid(assemble(base, [task.group], [task]), "TAB-6 TAB-9 TAB-10 IDX-5 NUM-2 REC-1 REC-2 REC-5")
 
 
 def uniform() -> Valid:

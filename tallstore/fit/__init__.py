@@ -12,7 +12,7 @@ from typing import Any
 from tallstore.fit.auto import Auto
 from tallstore.fit.base import Fit
 from tallstore.fit.emr import Emr, EmrFit, Tiles
-from tallstore.fit.gain import WIDEST, Gain, Projections, solve
+from tallstore.fit.gain import Gain, Projections, solve
 from tallstore.fit.least_squares import LeastSquares, LeastSquaresFit
 from tallstore.fit.localize import Localize, LocalizeFit
 from tallstore.fit.sides import Kind, Levels, exceeds, present, select, side_values
@@ -25,7 +25,6 @@ from tallstore.fit.uniform import Uniform, UniformFit
 __all__ = [
     "PUBLISHED_GRID",
     "SMALLEST_RMS",
-    "WIDEST",
     "Auto",
     "Coded",
     "Emr",

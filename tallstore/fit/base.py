@@ -6,7 +6,7 @@ import abc
 from collections.abc import Mapping
 from typing import Any
 
-from tallstore.fit.gain import Gain
+from tallstore.fit.gain import WIDEST, Gain
 from tallstore.fit.sides import Kind, Levels
 from tallstore.fit.tile import Coded, Shared, Tile
 from tallstore.format.manifest import Role
@@ -41,6 +41,11 @@ class Fit(abc.ABC):
         """How a tensor's reconstruction is scaled."""
         gain: Gain = self.method.gain
         return gain
+
+    @property
+    def widest(self) -> float:
+        """The gain beyond which the fit degenerated."""
+        return WIDEST
 
     @property
     def fallback(self) -> Fit | None:

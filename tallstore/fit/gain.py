@@ -20,7 +20,9 @@ from typing import Any, Literal, TypeGuard, get_args
 from tallstore.errors import OptionError
 
 Gain = Literal["one", "least-squares", "published"]
-WIDEST = 8.0  # a gain this large, or one part in this many: the fit degenerated
+# A gain beyond it, or below one part in as many: the fit degenerated. Where a fit's own scale is of least squares, gain
+# one makes ||R||^2 = gain * ||tau||^2: noise of 16 times the task vector's length. A tenth of that does little harm.
+WIDEST = 256.0
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 data-free    mask_t = the largest magnitudes of tau_t, a share *density* over ALL its parameters together
 trained      mask_t = round(sigmoid(S_t)), with S_t trained on the user's loss (`tallstore.train_masks`)
 expert_t     = base + gain_t * mask_t * tau_t                                          gain 1 as published
+
+The gain is for the expert alone: stitching averages the task vectors' own values, whatever it is.
 """
 
 from __future__ import annotations
@@ -36,15 +38,16 @@ class Localize:
         density: the share of all parameters to keep, above 0 and at most 1.
         masks: which weights to keep instead, by task and tensor name: bool, of the tensor's shape; what
             `tallstore.train_masks` gives. Tensors that are not named keep nothing.
-        gain: "published" keeps the values as they are; "one" scales a tensor's values until they go the whole way along
-            its task vector; "least-squares" is the published one.
+        gain: "one" scales a tensor's values until they go the whole way along its task vector; "published" keeps them
+            as they are, and so does "least-squares". None takes "one" for the largest moves and "published" for given
+            masks, which were trained on the values as they are.
         values_dtype: of the values: "float16", "bfloat16" or "float32". They are stored in units of the power of two
             that is nearest to the tensor's root mean square, so that small moves keep their digits.
     """
 
     density: float = 0.01
     masks: Mapping[str, Mapping[str, Tensor]] | None = None
-    gain: Gain = "published"
+    gain: Gain | None = None
     values_dtype: ValuesDtype = "float16"
 
     name: ClassVar = "localize"
@@ -56,14 +59,20 @@ class Localize:
         """Refuse what is outside the documented ranges."""
         if not is_number(self.density) or not 0 < self.density <= 1:
             raise OptionError(f"Localize: density is {self.density!r}; give a share above 0 and at most 1, as 0.01")
-        check_gain("Localize", self.gain)
+        if self.gain is not None:
+            check_gain("Localize", self.gain)
         check_choice("Localize", "values_dtype", self.values_dtype, tuple(_TORCH))
+
+    @property
+    def scaling(self) -> Gain:
+        """The gain that is given, or the one that serves the masks best."""
+        return self.gain or ("one" if self.masks is None else "published")
 
     @property
     def parameters(self) -> dict[str, Scalar | list[Scalar]]:
         """What group.json records."""
         kept: dict[str, Scalar | list[Scalar]] = {"density": float(self.density)} if self.masks is None else {}
-        return kept | {"masks": "largest" if self.masks is None else "given", "gain": self.gain}
+        return kept | {"masks": "largest" if self.masks is None else "given", "gain": self.scaling}
 
 
 @dataclass(frozen=True)
@@ -89,6 +98,11 @@ class LocalizeFit(Fit):
             return trim_threshold(stream, method.density)
 
         return cls(method, dict(zip(chunks, run(threshold, chunks.values()), strict=True)))
+
+    @property
+    def gain(self) -> Gain:
+        """Of the method."""
+        return self.method.scaling
 
     @property
     def values_dtype(self) -> str:

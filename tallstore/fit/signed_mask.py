@@ -13,16 +13,20 @@ magnitude carries none, and its worth does not fade as tasks are added.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, get_args
 
 import torch
 
 from tallstore.fit.base import Fit
-from tallstore.fit.gain import Gain, check_choice, check_gain, check_number
+from tallstore.fit.gain import WIDEST, Gain, check_choice, check_gain, check_number
 from tallstore.fit.sides import exceeds
 from tallstore.fit.tile import Coded, ScaleBy, Shared, Tile
 from tallstore.format.manifest import Scalar, SharedDtype
+
+_MEAN_MAGNITUDE = math.sqrt(2 / math.pi)  # of a normal distribution, in standard deviations
+_FAR = 8.0  # times the gain of task vectors that have nothing to do with each other: these have
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,8 @@ class SignedMask:
 
     Args:
         threshold: how many times the shared magnitude a weight must move to be kept; 0 keeps every sign, larger values
-            give thinner masks and smaller bundles, up to about 1.8: masks thinner than that degenerate, and keep every
-            sign instead. 1.2 costs about 1.1 bits a parameter a task.
+            give thinner masks and smaller bundles, up to about 3: where next to nothing exceeds it, every sign is kept
+            instead. 1.2 costs about 1.1 bits a parameter a task.
         scale: whether each task's tensor is brought to unit root mean square as a whole ("tensor") or row by row
             ("row"), which costs a number a row.
         gain: "one" (see `tallstore.fit.gain`), "least-squares", or "published": the normalisation undone, and no more.
@@ -69,8 +73,16 @@ class SignedMaskFit(Fit):
     roles = ("merged",)
 
     @property
+    def widest(self) -> float:
+        """By how much the threshold lets through of many independent, normally distributed task vectors."""
+        if not self.method.threshold:
+            return WIDEST
+        kept = _MEAN_MAGNITUDE**2 * math.exp(-((_MEAN_MAGNITUDE * self.method.threshold) ** 2) / 2)  # <R, v> / <v, v>
+        return min(WIDEST, _FAR / kept) if kept else WIDEST
+
+    @property
     def fallback(self) -> SignedMaskFit | None:
-        """Every sign: where no weight exceeds its threshold, as between two checkpoints of one run."""
+        """Every sign: where next to no weight exceeds its threshold, as between two checkpoints of one run."""
         return SignedMaskFit(replace(self.method, threshold=0.0)) if self.method.threshold > 0 else None
 
     def merge(self, tile: Tile) -> Shared:

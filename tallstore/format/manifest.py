@@ -240,12 +240,14 @@ class SparseCode(_ScaledCode, tag="sparse", frozen=True, kw_only=True):
 
     Attributes:
         count: bits that are set, and values that there are.
+        unit: a power of two; times the values, it gives the task vector's own, which merges average.
         values: in the order of their bits; none where no bit is set.
     """
 
     bits: Payload
     count: Natural
     values_dtype: SparseDtype
+    unit: float = 1.0
     values: Payload | None = None
 
 
@@ -324,6 +326,7 @@ class SparseTensor(_CodedTensor, tag="sparse", frozen=True, kw_only=True):
     bits: Payload
     count: Natural
     values_dtype: SparseDtype
+    unit: float = 1.0
     values: Payload | None = None
 
 
@@ -347,8 +350,13 @@ class ExtendedTensor(BasedTensor, tag="extended", frozen=True, kw_only=True):
 
 
 class PrivateTensor(Whole, tag="private", frozen=True, kw_only=True):
-    """Stored whole; no payload where it has no elements."""
+    """Stored whole; no payload where it has no elements.
 
+    Attributes:
+        base: the base tensor that it descends from, where that has another name.
+    """
+
+    base: TensorName | None = None
     values: Payload | None = None
 
 

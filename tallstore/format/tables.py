@@ -215,7 +215,7 @@ def check_task(
     vectors: Vectors | None,
     files: Mapping[str, FileEntry],
 ) -> Problems:
-    """MAN-4, MAN-5, PATH-1, LIM-1, NUM-1, COD-4, IDX-2, and TAB-1 to TAB-9.
+    """MAN-4, MAN-5, PATH-1, LIM-1, NUM-1, COD-4, IDX-2, and TAB-1 to TAB-10.
 
     Args:
         table: the task's.
@@ -268,6 +268,8 @@ def _check_tensor(
         case PrivateTensor():
             yield from _check_limits(tensor.name, tensor.shape, where)
             yield from _check_null(tensor.values, math.prod(tensor.shape), where)
+            if base is not None and tensor.base is not None and tensor.base not in base:
+                yield FormatError("TAB-2", where, f"the base has no tensor {tensor.base!r}")
         case _:
             yield from _check_limits(tensor.name, tensor.shape, where)
             if base is None:
@@ -339,6 +341,8 @@ def _check_sparse(code: Sparse, numel: int, where: str) -> Problems:
     yield from _check_null(code.values, code.count, where)
     if code.count > numel:
         yield FormatError("TAB-9", where, f"says that {code.count} of its {numel} bits are set")
+    if math.frexp(code.unit)[0] != 0.5 or not is_r13_number(code.unit):
+        yield FormatError("TAB-10", where, f"its unit {code.unit!r} is no power of two from 2^-60 to 2^60")
 
 
 def _check_companions(table: TaskTable, files: Mapping[str, FileEntry], where: str) -> Problems:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tallstore.format.bundle_files import Task
 from tallstore.format.dtypes import CODED
-from tallstore.format.manifest import BasedTensor, BaseTensor, PrivateTensor, Whole
+from tallstore.format.manifest import BasedTensor, BaseTensor, DroppedTensor, PrivateTensor, Whole
 from tallstore.format.payloads import BaseTensors
 
 
@@ -67,13 +67,16 @@ def lineages(base: BaseTensors, tasks: Sequence[Task], shared: Collection[str] =
 
 
 def _by_base_name(task: Task) -> Mapping[str, Whole]:
-    """A task's tensors by the base's name for them; one that is stored whole has no other name than its own."""
+    """A task's tensors by the base's name for them."""
+    dropped = {tensor.name for tensor in task.table.tensors if isinstance(tensor, DroppedTensor)}
     found: dict[str, Whole] = {}
     for tensor in task.table.tensors:
         if isinstance(tensor, BasedTensor):
             found[tensor.base_name] = tensor
-        elif isinstance(tensor, Whole) and tensor.name in task.base:
-            found.setdefault(tensor.name, tensor)
+        elif isinstance(tensor, PrivateTensor):
+            name = tensor.name if tensor.base is None else tensor.base
+            if name in task.base and name not in dropped:  # what is dropped has no descendant, whatever is called so
+                found.setdefault(name, tensor)
     return found
 
 

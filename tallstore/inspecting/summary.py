@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import os
 import stat
 from collections import Counter, defaultdict
@@ -22,11 +21,8 @@ from tallstore.format import layout
 from tallstore.format.dtypes import TensorSpec
 from tallstore.format.manifest import (
     BaseTable,
-    CodedTensor,
-    ExtendedTensor,
     GroupEntry,
     GroupTable,
-    SameCode,
     Scalar,
     TaskEntry,
     TaskTable,
@@ -34,6 +30,7 @@ from tallstore.format.manifest import (
     Whole,
 )
 from tallstore.format.parsing import MAX_JSON_NBYTES, Table, is_newer_minor, parse, parse_manifest
+from tallstore.inspecting.cost import Costs
 
 _CODED_KINDS = frozenset({"mask", "signed", "two-level", "sign", "sparse", "uniform"})
 _WHOLE_KIND = "private"
@@ -79,11 +76,6 @@ class GroupSummary:
     tasks: int
     nbytes: int
 
-    @property
-    def share_nbytes(self) -> float:
-        """One task's part of its files."""
-        return self.nbytes / max(1, self.tasks)
-
 
 @dataclass(frozen=True)
 class TaskSummary:
@@ -97,7 +89,7 @@ class TaskSummary:
         fetched: whether its files are here. What stands below is None where they are not.
         unreadable: what this version lacks to read it, in a sentence; None for a task that it reads.
         checkpoint_nbytes: its tensors in a plain checkpoint.
-        bits: a coded parameter costs, its share of the shared vectors included; None where nothing is coded.
+        bits: a parameter costs that was to be coded (see `tallstore.inspecting.cost`); None where there is none.
         score: what the user's own evaluation gave when it was packed.
         kinds: how many tensors are of each kind.
     """
@@ -226,14 +218,14 @@ def summarise(path: Path) -> BundleSummary:
     tables = Tables(path)
     manifest = tables.manifest
     here = {task.group for task in manifest.tasks if tables.is_fetched(task)}
-    groups = {group.id: _summarise_group(tables, group, fetched=group.id in here) for group in manifest.groups}
+    groups = tuple(_summarise_group(tables, group, fetched=group.id in here) for group in manifest.groups)
     return BundleSummary(
         path=path,
         format_version=manifest.format_version,
         generator=manifest.generator,
         base=_summarise_base(tables),
-        groups=tuple(groups.values()),
-        tasks=tuple(_find_task(tables, task, groups) for task in manifest.tasks),
+        groups=groups,
+        tasks=tuple(_find_task(tables, task) for task in manifest.tasks),
         nbytes=tables.manifest_nbytes + sum(file.size for file in manifest.files),
         base_nbytes=tables.nbytes(layout.BASE_DIRECTORY) + tables.nbytes("", [layout.BASE_TABLE]),
         companions_nbytes=sum(file.size for file in manifest.files if file.path.startswith(_COMPANIONS)),
@@ -262,6 +254,7 @@ class Tables:
     Attributes:
         manifest: tallstore.json.
         manifest_nbytes: its size.
+        costs: what its files are for.
     """
 
     def __init__(self, root: Path) -> None:
@@ -278,6 +271,7 @@ class Tables:
             raise BundleNotFoundError(f"{root}: there is no bundle (no {layout.MANIFEST}); check the path") from None
         self.manifest = parse_manifest(raw, layout.MANIFEST)
         self.manifest_nbytes = len(raw)
+        self.costs = Costs(self.manifest)
         self._files = {file.path: file for file in self.manifest.files}
         self._sizes: dict[str, dict[str, int]] = defaultdict(dict)
         for file in self.manifest.files:
@@ -350,7 +344,7 @@ def _summarise_group(tables: Tables, entry: GroupEntry, *, fetched: bool) -> Gro
     )
 
 
-def _find_task(tables: Tables, entry: TaskEntry, groups: Mapping[str, GroupSummary]) -> TaskSummary:
+def _find_task(tables: Tables, entry: TaskEntry) -> TaskSummary:
     table, unreadable = None, None
     fetched = tables.is_fetched(entry)
     if fetched:
@@ -358,15 +352,13 @@ def _find_task(tables: Tables, entry: TaskEntry, groups: Mapping[str, GroupSumma
             table = tables.read(layout.task_table(entry.slug), TaskTable)
         except UnsupportedFeatureError as error:
             unreadable = str(error)
-    share = groups[entry.group].share_nbytes if entry.group in groups else 0.0
-    return summarise_task(tables, entry, table, share, fetched=fetched, unreadable=unreadable)
+    return summarise_task(tables, entry, table, fetched=fetched, unreadable=unreadable)
 
 
 def summarise_task(
     tables: Tables,
     entry: TaskEntry,
     table: TaskTable | None,
-    share: float,
     *,
     fetched: bool,
     unreadable: str | None = None,
@@ -377,17 +369,15 @@ def summarise_task(
         tables: of the bundle.
         entry: the manifest's for the task.
         table: its task.json; None where it is not here, or cannot be read.
-        share: bytes of the group's files that this task answers for.
         fetched: whether its files are here.
         unreadable: why its table cannot be read.
     """
-    directory = layout.task_directory(entry.slug)
     known: dict[str, Any] = {
         "name": entry.name,
         "slug": entry.slug,
         "group": entry.group,
         "parameters": entry.parameters,
-        "nbytes": tables.nbytes(directory),
+        "nbytes": tables.nbytes(layout.task_directory(entry.slug)),
         "cosine": entry.cosine,
         "gain": entry.gain,
         "fetched": fetched,
@@ -395,13 +385,10 @@ def summarise_task(
     }
     if table is None:
         return TaskSummary(**known)
-    coded_numel = sum(map(_coded_numel, table.tensors))
-    # Codes and whole tensors are in shards of their own.
-    coded_nbytes = tables.nbytes(directory, {shard.file for shard in table.shards if shard.file.startswith("mask-")})
     return TaskSummary(
         **known,
         checkpoint_nbytes=_checkpoint_nbytes(table),
-        bits=8 * (coded_nbytes + share) / coded_numel if coded_numel else None,
+        bits=tables.costs.bits(table),
         score=table.fidelity.score,
         kinds=dict(sorted(Counter(map(kind_of, table.tensors)).items())),
     )
@@ -414,11 +401,3 @@ def kind_of(tensor: Tensor) -> str:
 
 def _checkpoint_nbytes(table: TaskTable) -> int:
     return sum(TensorSpec(tensor.dtype, tensor.shape).nbytes for tensor in table.tensors if isinstance(tensor, Whole))
-
-
-def _coded_numel(tensor: Tensor) -> int:
-    if isinstance(tensor, CodedTensor):
-        return math.prod(tensor.shape)
-    if isinstance(tensor, ExtendedTensor) and not isinstance(tensor.leading, SameCode):
-        return tensor.rows * math.prod(tensor.shape[1:])
-    return 0

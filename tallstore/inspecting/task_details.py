@@ -9,7 +9,16 @@ from typing import Any
 
 from tallstore.format import layout
 from tallstore.format.bundle_files import BundleFiles, Task
-from tallstore.format.manifest import AliasTensor, BasedTensor, CompanionFile, Estimate, ExtendedTensor, Tensor, Whole
+from tallstore.format.manifest import (
+    AliasTensor,
+    BasedTensor,
+    CompanionFile,
+    Estimate,
+    ExtendedTensor,
+    PrivateTensor,
+    Tensor,
+    Whole,
+)
 from tallstore.format.payloads import Shape, Stored, tensor_payloads
 from tallstore.format.shard_reader import LocalFile, ShardReader
 from tallstore.inspecting.summary import Tables, TaskSummary, kind_of, summarise_task
@@ -87,12 +96,10 @@ def describe_task(path: Path, name: str) -> TaskDetails:
     task = files.task(name)
     tables = Tables(path)
     group = next(group for group in files.manifest.groups if group.id == task.entry.group)
-    members = sum(entry.group == group.id for entry in files.manifest.tasks)
-    share = tables.nbytes(layout.group_directory(group.id)) / members
     stored = _stored_nbytes(path, task)
     return TaskDetails(
         path=path,
-        task=summarise_task(tables, task.entry, task.table, share, fetched=files.is_fetched(name)),
+        task=summarise_task(tables, task.entry, task.table, fetched=files.is_fetched(name)),
         method=group.method.name,
         tensors=tuple(_summarise_tensor(tensor, stored[tensor.name]) for tensor in task.table.tensors),
         files=task.table.files,
@@ -107,12 +114,19 @@ def _summarise_tensor(tensor: Tensor, nbytes: int | None) -> TensorSummary:
         kind=kind_of(tensor),
         dtype=tensor.dtype if isinstance(tensor, Whole) else None,
         shape=tensor.shape if isinstance(tensor, Whole) else None,
-        base=tensor.base_name if isinstance(tensor, BasedTensor) else None,
+        base=_base_of(tensor),
         tied_to=tensor.of if isinstance(tensor, AliasTensor) else None,
         rows=tensor.rows if isinstance(tensor, ExtendedTensor) else None,
         gain=getattr(code, "gain", None),
         nbytes=nbytes,
     )
+
+
+def _base_of(tensor: Tensor) -> str | None:
+    """The base tensor that a tensor is rebuilt on, or that one which is stored whole descends from by another name."""
+    if isinstance(tensor, BasedTensor):
+        return tensor.base_name
+    return tensor.base if isinstance(tensor, PrivateTensor) else None
 
 
 def _stored_nbytes(root: Path, task: Task) -> dict[str, int | None]:

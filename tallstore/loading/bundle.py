@@ -258,9 +258,9 @@ class Bundle:
 
             base + sum of mask_t * tau_t / number of masks that are set        Localize-and-Stitch, arXiv 2408.13656
 
-        tau_t is what the bundle has of the task vector, under the gain that it was packed with. Where a task stores a
-        tensor whole, it is exact, and claimed where its magnitude is one that was kept of the task; where masks were
-        given to `Localize`, wherever it moved.
+        tau_t are the task vector's own values, as the bundle has them, whatever gain their expert has. Where a task
+        stores a tensor whole, it is exact, and claimed where its magnitude is one that was kept of the task; where
+        masks were given to `Localize`, wherever it moved.
 
         Args:
             tasks: to be stitched; all by default. They must be of one group, packed with `Localize`.

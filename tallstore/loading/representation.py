@@ -14,7 +14,7 @@ from tallstore.errors import TallstoreError
 from tallstore.format import layout
 from tallstore.format.bundle_files import BundleFiles
 from tallstore.format.manifest import TaskEntry, TaskTable
-from tallstore.inspecting.summary import Tables, summarise_task
+from tallstore.inspecting.summary import Tables
 from tallstore.notebook import MAX_ROWS, html_table, number
 from tallstore.sizes import readable
 
@@ -125,12 +125,10 @@ def _bits(bundle: BundleFiles, tasks: Sequence[TaskEntry]) -> Mapping[str, float
         tables = Tables(bundle.root)
         if tables.manifest.manifest_sha256 != bundle.manifest.manifest_sha256:
             return bits  # another bundle was written there
-        members = Counter(task.group for task in bundle.manifest.tasks)
         for task in tasks:
             with contextlib.suppress(TallstoreError, OSError):
                 table = tables.read(layout.task_table(task.slug), TaskTable)
-                share = tables.nbytes(layout.group_directory(task.group)) / members[task.group]
-                found = summarise_task(tables, task, table, share, fetched=True).bits
+                found = tables.costs.bits(table)
                 if found is not None:
                     bits[task.name] = found
     return bits

@@ -2,8 +2,9 @@
 
     base + sum over tasks of mask_t * tau_t / number of masks that are set
 
-tau_t as the bundle has it, under the gains that the task was packed with. Where a task stores a tensor whole, tau_t is
-exact, and the mask follows from the magnitude that was kept of the task; it is all that moved where masks were given.
+tau_t is the task vector's own, as the bundle has its values: the gains that the task was packed with are for its expert
+alone. Where a task stores a tensor whole, tau_t is exact, and the mask follows from the magnitude that was kept of the
+task; it is all that moved where masks were given.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from tallstore.format.manifest import Sparse, Whole
 from tallstore.format.payloads import Coded, coded_part
 from tallstore.inspecting.lineage import Lineage
 from tallstore.loading.coded import open_sides
-from tallstore.loading.decode import deltas
 from tallstore.loading.merging import Elements, Merging
 from tallstore.loading.sides import SparseSides
 
@@ -73,7 +73,8 @@ def _claimed(merging: Merging, task: Task, tensor: Whole | None, lineage: Lineag
 
 def _sparse(merging: Merging, task: Task, coded: Coded) -> _Claimed:
     """Of a sparse tensor, or of the leading rows of an extended one."""
-    if not isinstance(coded.code, Sparse):
+    code = coded.code
+    if not isinstance(code, Sparse):
         raise OptionError(f"stitch: task {task.entry.name!r} has no values of its own for {coded.name!r}")
     held = open_sides(merging.files, task, coded) if merging.hold else None
 
@@ -85,8 +86,9 @@ def _sparse(merging: Merging, task: Task, coded: Coded) -> _Claimed:
             sides, first = (held or open_sides(merging.files, task, coded))(start, last), start % CHUNK_NUMEL
             if not isinstance(sides, SparseSides):
                 raise AssertionError("a sparse tensor with other sides")
-            vector[: last - start] = deltas(sides, start, last)
-            mask[torch.from_numpy(sides.positions - first)] = True
+            places = torch.from_numpy(sides.positions - first)
+            vector[places] = torch.from_numpy(sides.values) * code.unit
+            mask[places] = True
         return vector, mask
 
     return read

@@ -140,20 +140,16 @@ def choices(trials: Sequence[Mapping[str, TensorTrial]]) -> dict[str, list[Choic
             norms[task] = norms.get(task, 0.0) + energy
     found = {}
     for name in dict.fromkeys(name for trial in trials for name in trial):
-        # What every candidate stores whole is nobody's cost.
-        inevitable = min(trial[name].whole_nbytes for trial in trials)
-        found[name] = [_choice(trial[name], inevitable, energies.get(name, {}), norms) for trial in trials]
+        found[name] = [_choice(trial[name], energies.get(name, {}), norms) for trial in trials]
     return found
 
 
-def _choice(
-    tensor: TensorTrial, inevitable: float, energies: Mapping[str, float], norms: Mapping[str, float]
-) -> Choice:
+def _choice(tensor: TensorTrial, energies: Mapping[str, float], norms: Mapping[str, float]) -> Choice:
     damage = 0.0
     for task, energy in energies.items():
         sums = tensor.sums.get(task)
         damage += (energy if sums is None else sums.reconstruction) / norms[task]
-    return Choice(tensor.nbytes + tensor.whole_nbytes - inevitable, damage)
+    return Choice(tensor.nbytes, damage)
 
 
 def write(
@@ -177,12 +173,13 @@ def write(
     prepared = [(job.prepare(candidate), candidate.merged_dtype) for candidate in CANDIDATES]
     trials = Trials(job)
     found = [
-        trials.run(Fitting.uniform(candidate, fit, dtype)).tensors
+        trials.run(Fitting.uniform(candidate, fit, dtype))
         for candidate, (fit, dtype) in zip(CANDIDATES, prepared, strict=True)
     ]
-    options = choices(found)
-    numel = sum(max(trial[name].numel for trial in found) for name in options)
-    budget = method.max_bits / 8 * numel
+    options = choices([trial.tensors for trial in found])
+    numel = sum(max(trial.tensors[name].numel for trial in found) for name in options)
+    framing = max(trial.framing_nbytes for trial in found)
+    budget = method.max_bits / 8 * numel - framing
     for _ in range(_ATTEMPTS):
         chosen = choose(list(options.values()), budget)
         if chosen is None:
@@ -196,9 +193,10 @@ def write(
         bits = _mean_bits(report)
         if bits <= method.max_bits:
             return report
-        budget *= 0.998 * method.max_bits / bits
-    least = 8 * sum(min(choice.nbytes for choice in candidates) for candidates in options.values()) / max(1, numel)
-    raise OptionError(f"Auto: max_bits={method.max_bits:g} cannot be kept here; give at least {1.02 * least:.2f}")
+        budget -= 1.02 * (bits - method.max_bits) / 8 * numel
+    least = framing + sum(min(choice.nbytes for choice in candidates) for candidates in options.values())
+    bits = 1.02 * 8 * least / max(1, numel)
+    raise OptionError(f"Auto: max_bits={method.max_bits:g} cannot be kept here; give at least {bits:.2f}")
 
 
 def _written(

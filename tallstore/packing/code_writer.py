@@ -48,6 +48,7 @@ class CodeWriter:
         sparse = self._kind == "sparse"
         self._values = tempfile.SpooledTemporaryFile(_IN_MEMORY_NBYTES) if sparse else None  # noqa: SIM115 - see `finish`
         self._values_nbytes = 0
+        self._unit = scaled.unit
         self._values_dtype = scaled.fit.values_dtype if isinstance(scaled.fit, LocalizeFit) else "F16"
 
     def append(self, coded: Coded) -> None:
@@ -68,7 +69,12 @@ class CodeWriter:
             self._gains_nbytes = about_stored(raw, GAINS, self._gains.size)
         if self._values is not None:
             values = self._write_values(self._values)
-            self._fields |= {"count": self._codes.rank, "values_dtype": self._values_dtype, "values": values}
+            self._fields |= {
+                "count": self._codes.rank,
+                "values_dtype": self._values_dtype,
+                "unit": self._unit,
+                "values": values,
+            }
         return self._fields
 
     def _write_values(self, values: IO[bytes]) -> tables.Payload | None:

@@ -38,7 +38,7 @@ METHODS: tuple[Method, ...] = (
     Uniform(3, threshold=1.0),
     Uniform(4),
     Uniform(8),
-    Localize(0.05, gain="one"),
+    Localize(0.05),
 )
 
 

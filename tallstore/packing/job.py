@@ -229,7 +229,13 @@ class Job:
             for part in self._parts[name]:
                 held.setdefault(part.expert.task, []).append(part.name)
         experts = {
-            expert.task: Expert(expert.task, expert.checkpoint.part(held[expert.task]), {}, {}, ())
+            expert.task: Expert(
+                expert.task,
+                expert.checkpoint.part(held[expert.task]),
+                {},
+                {name: expert.base_names[name] for name in held[expert.task]},
+                (),
+            )
             for expert in self.experts
             if expert.task in held
         }

@@ -12,6 +12,7 @@ from tallstore.checkpoints import Checkpoint
 from tallstore.fit import Method, SignedMask
 from tallstore.format import layout
 from tallstore.format.manifest import Estimate, Manifest, TaskTable
+from tallstore.inspecting.cost import Costs, coded_numel
 from tallstore.notebook import MAX_ROWS, html_table, number
 from tallstore.packing.group import GroupTask
 from tallstore.packing.task_progress import StoredWhole
@@ -26,13 +27,13 @@ class PackedTask:
         name, slug: the task.
         checkpoint_nbytes: its tensors in a plain checkpoint.
         nbytes: its files in the bundle, companions not counted.
-        coded_numel: elements that were coded; the others are the same as the base's, or whole.
-        bits: a coded parameter costs the task, its share of the shared vectors included; None where nothing was coded.
+        coded_numel: elements that were to be coded: not those of what equals the base, or is whole by nature.
+        bits: one of them costs (see `tallstore.inspecting.cost`); None where there is none.
         cosine, gain: of the reconstruction, after the final rounding, over the coded tensors.
         mask_lambda: what `evaluate` chose; None where there was nothing to choose.
         score: what `evaluate` gave, on weights as a reader gets them.
         estimates: what other fits would reach, by name.
-        whole: every tensor that was stored whole.
+        whole: every tensor that was stored whole, and the further rows of resized ones.
     """
 
     name: str
@@ -151,15 +152,15 @@ def report(
     """
     sizes = _sizes(root, manifest)
     shared_nbytes = sum(size for directory, size in sizes.items() if directory.startswith("groups/"))
-    share = shared_nbytes / len(packed)
+    costs = Costs(manifest)
     tasks = tuple(
         PackedTask(
             name=table.name,
             slug=table.slug,
             checkpoint_nbytes=_nbytes(task.expert.checkpoint),
             nbytes=sizes[layout.task_directory(table.slug)],
-            coded_numel=task.coded_numel,
-            bits=8 * (task.coded_nbytes + share) / task.coded_numel if task.coded_numel else None,
+            coded_numel=coded_numel(table),
+            bits=costs.bits(table),
             cosine=table.fidelity.cosine,
             gain=table.fidelity.gain,
             mask_lambda=_number(table.chosen.get("mask_lambda")),

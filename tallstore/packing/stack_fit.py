@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tallstore.fit import WIDEST, Coded, Fit, Projections, Shared, Tile, exceeds, present, select, side_values, solve
+from tallstore.fit import Coded, Fit, Projections, Shared, Tile, exceeds, present, select, side_values, solve
 from tallstore.format.dtypes import itemsize
 from tallstore.format.manifest import SharedDtype
 from tallstore.format.r13 import in_range, r13
@@ -48,11 +48,13 @@ class Scaled:
     Attributes:
         fit: what codes it.
         gains: r13, float32: one for the tensor, or one a row of the part.
+        unit: of its own values, if it is sparse.
         reason: why it must be stored whole instead; None where it need not be.
     """
 
     fit: Fit
     gains: NDArray[np.float32]
+    unit: float = 1.0
     reason: str | None = None
 
 
@@ -149,7 +151,8 @@ class StackFit:
             gain = 1.0  # nothing is kept here, as the method has it: that is no reason to keep everything
         with np.errstate(over="ignore", invalid="ignore"):  # a scale may be beyond float32, and is refused below
             gains = r13(np.atleast_1d(scales) * (self._factors[position] * gain if math.isfinite(gain) else 0.0))
-        return Scaled(fit, gains, self._why_not(fit, gain, gains))
+        unit = scales if fit.kind == "sparse" and isinstance(scales, float) else 1.0
+        return Scaled(fit, gains, unit, self._why_not(fit, gain, gains))
 
     def _own_scales(self, position: int, scales: Sequence[float | Tensor | None]) -> float | NDArray[np.float64]:
         """The fit's own scale of a part: one number, or one a row."""
@@ -167,8 +170,8 @@ class StackFit:
         if not math.isfinite(gain):
             return "the fit has no part along its task vector"
         # Over a centre, a fit's own scale is no measure: how much is left, it does not know.
-        smallest = 1 / WIDEST if "centre" not in fit.roles else math.ulp(0.0)
-        if fit.kind != "sparse" and not smallest <= gain <= WIDEST:
+        smallest = 1 / fit.widest if "centre" not in fit.roles else math.ulp(0.0)
+        if fit.kind != "sparse" and not smallest <= gain <= fit.widest:
             return f"the fit degenerated (its gain is {gain:.3g})"
         in_format = in_range(gains).all() and all(
             vector.scales_are_in_range(gains) for vector in self.shared if vector.role != "centre"

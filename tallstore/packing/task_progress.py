@@ -20,11 +20,13 @@ class StoredWhole:
     Attributes:
         tensor, reason: which, and why.
         nbytes: what it costs.
+        degenerate: the fit failed on it; otherwise it was never to be coded.
     """
 
     tensor: str
     reason: str
     nbytes: int
+    degenerate: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,16 +74,6 @@ class Made:
         """Over all coded tensors."""
         return sum((tensor.sums for tensor in self.coded.values()), Sums())
 
-    @property
-    def coded_nbytes(self) -> int:
-        """Of all coded tensors."""
-        return sum(tensor.nbytes for tensor in self.coded.values())
-
-    @property
-    def coded_numel(self) -> int:
-        """Of all coded tensors."""
-        return sum(tensor.numel for tensor in self.coded.values())
-
 
 @dataclass(kw_only=True)
 class TaskProgress(Made):
@@ -95,28 +87,37 @@ class TaskProgress(Made):
     expert: Expert
     writer: PayloadSink
 
-    def store_whole(self, name: str, reason: str, start: int = 0, *, role: str = "values") -> Payload | None:
-        """Store elements from *start* on as they are; None where there are none."""
-        checkpoint = self.expert.checkpoint
+    def store_whole(
+        self, name: str, reason: str, start: int = 0, *, role: str = "values", degenerate: bool = False
+    ) -> Payload | None:
+        """Store elements from *start* on as they are; None where there are none.
+
+        What the fit failed on is stored among the codes: it is what the method costs here.
+        """
+        checkpoint, shard = self.expert.checkpoint, "mask" if degenerate else "private"
         spec = checkpoint.spec(name)
         encoding, key = WHOLE[spec.dtype], f"{role}/{name}"
         if start == spec.numel:
-            self.whole.append(StoredWhole(name, reason, 0))
+            self.whole.append(StoredWhole(name, reason, 0, degenerate))
             return None
         if spec.numel - start < POOLED_NUMEL:
             raw = checkpoint.read_bytes(name, start, spec.numel)
-            self.whole.append(StoredWhole(name, reason, raw.size))
-            return self.writer.whole("private", key, encoding, spec.numel - start, raw)
-        payload = self.writer.payload("private", key, encoding)
+            self.whole.append(StoredWhole(name, reason, raw.size, degenerate))
+            return self.writer.whole(shard, key, encoding, spec.numel - start, raw)
+        payload = self.writer.payload(shard, key, encoding)
         for first in range(start, spec.numel, CHUNK_NUMEL):
             payload.append(checkpoint.read_bytes(name, first, min(first + CHUNK_NUMEL, spec.numel)))
         placed = payload.finish()
-        self.whole.append(StoredWhole(name, reason, payload.stored_nbytes))
+        self.whole.append(StoredWhole(name, reason, payload.stored_nbytes, degenerate))
         return placed
 
-    def store_private(self, name: str, reason: str) -> None:
+    def store_private(self, name: str, reason: str, *, degenerate: bool = False) -> None:
         """Store a whole tensor, and enter it in the table."""
-        spec = self.expert.checkpoint.spec(name)
+        spec, base_name = self.expert.checkpoint.spec(name), self.expert.base_names[name]
         self.entries[name] = tables.PrivateTensor(
-            name=name, dtype=spec.dtype, shape=spec.shape, values=self.store_whole(name, reason)
+            name=name,
+            dtype=spec.dtype,
+            shape=spec.shape,
+            base=None if base_name == name else base_name,
+            values=self.store_whole(name, reason, degenerate=degenerate),
         )

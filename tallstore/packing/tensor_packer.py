@@ -145,7 +145,7 @@ class TensorPacker:
         task = self._tasks[part.expert.task]
         reason = scaled.reason or self._write_codes(fitted, position, scaled)
         if reason is not None:
-            task.store_private(part.name, reason)
+            task.store_private(part.name, reason, degenerate=True)
             return False
         task.sign.append(sign_estimate(fitted.stack.statistics[position]))
         return True

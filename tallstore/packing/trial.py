@@ -29,16 +29,14 @@ class TensorTrial:
     """One base tensor under one method, as predicted for the whole of it.
 
     Attributes:
-        numel: coded elements, over all tasks.
-        nbytes: of all tasks' codes, and of the shared vectors.
-        sums: by task, over the reconstruction; empty where the tensor is stored whole.
-        whole_nbytes: of the tensors that are stored whole instead.
+        numel: elements that were to be coded, over all tasks.
+        nbytes: of all tasks' codes, of what the fit failed on and is stored whole, and of the shared vectors.
+        sums: by task, over the reconstruction; none of what is stored whole.
     """
 
     numel: float
     nbytes: float
     sums: Mapping[str, Sums]
-    whole_nbytes: float
 
 
 @dataclass(frozen=True)
@@ -48,16 +46,19 @@ class Trial:
     Attributes:
         tensors: by base tensor, those that could be coded.
         bundle_nbytes: of all files, the base by reference.
+        framing_nbytes: of the files of codes and shared vectors, all but their payloads.
     """
 
     tensors: Mapping[str, TensorTrial]
     bundle_nbytes: float
+    framing_nbytes: float
 
     @property
     def bits(self) -> float | None:
-        """A coded parameter of an expert costs, its share of the shared vectors included; None where none is coded."""
+        """What a parameter that was to be coded costs (see `tallstore.inspecting.cost`); None where there is none."""
         numel = sum(tensor.numel for tensor in self.tensors.values())
-        return 8 * sum(tensor.nbytes for tensor in self.tensors.values()) / numel if numel else None
+        nbytes = self.framing_nbytes + sum(tensor.nbytes for tensor in self.tensors.values())
+        return 8 * nbytes / numel if numel else None
 
     def sums(self, task: str) -> Sums:
         """Of one task."""
@@ -92,10 +93,15 @@ class Trials:
         base, sampled = self._job.base, self._sampled.base
         found: dict[str, _Sum] = defaultdict(_Sum)
         rest = float(report.bundle_nbytes + self._companions_nbytes)
+        framing = 0.0
         for name, nbytes in group.vector_nbytes.items():
             rest -= nbytes
+            framing -= nbytes
             found[name].nbytes += nbytes * _ratio(base, sampled, name)
-        for whole, part, task in zip(self._job.experts, self._sampled.experts, group.tasks.values(), strict=True):
+        for whole, part, task, packed in zip(
+            self._job.experts, self._sampled.experts, group.tasks.values(), report.tasks, strict=True
+        ):
+            framing += (packed.bits or 0.0) / 8 * packed.coded_numel
             for name, coded in task.coded.items():
                 ratio = _ratio(whole.checkpoint, part.checkpoint, name)
                 of = found[whole.base_names[name] or name]
@@ -103,14 +109,20 @@ class Trials:
                 of.nbytes += coded.nbytes * ratio
                 of.sums[whole.task] = coded.sums * ratio
                 rest -= coded.nbytes
+                framing -= coded.nbytes
             for stored in task.whole:
                 scaled = stored.nbytes * _ratio(whole.checkpoint, part.checkpoint, stored.tensor)
                 rest += scaled - stored.nbytes
-                found[whole.base_names[stored.tensor] or stored.tensor].whole_nbytes += scaled
+                if stored.degenerate:
+                    of = found[whole.base_names[stored.tensor] or stored.tensor]
+                    of.numel += whole.checkpoint.spec(stored.tensor).numel
+                    of.nbytes += scaled
+                    rest -= scaled
+                    framing -= stored.nbytes
         chunks = sum(chunk_count(base.spec(name).numel) - chunk_count(sampled.spec(name).numel) for name in base.names)
-        tensors = {name: TensorTrial(of.numel, of.nbytes, of.sums, of.whole_nbytes) for name, of in found.items()}
+        tensors = {name: TensorTrial(of.numel, of.nbytes, of.sums) for name, of in found.items()}
         coded_nbytes = sum(tensor.nbytes for tensor in tensors.values())
-        return Trial(tensors, rest + coded_nbytes + _HASH_NBYTES * chunks)
+        return Trial(tensors, rest + coded_nbytes + _HASH_NBYTES * chunks, framing)
 
 
 def _companions_nbytes(experts: Sequence[Expert]) -> int:
@@ -133,7 +145,6 @@ class _Sum:
     numel: float = 0.0
     nbytes: float = 0.0
     sums: dict[str, Sums] = field(default_factory=dict)
-    whole_nbytes: float = 0.0
 
 
 def _ratio(whole: Checkpoint, part: Checkpoint, name: str) -> float:

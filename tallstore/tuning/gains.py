@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from tallstore.errors import OptionError
-from tallstore.fit import WIDEST
 from tallstore.fit.gain import is_number
 from tallstore.packing.calibrating import Tuned, WeightsAt
 from tallstore.tuning.loss import differentiable, gradients, value_of
 
+_WIDEST = 8.0  # the largest factor, and one part in as many the smallest
 TaskLoss = Callable[[str, dict[str, Tensor]], Tensor]
 
 
@@ -84,7 +84,7 @@ class Calibration:
                 optimiser.param_groups[0]["lr"] = self.learning_rate * (1 - step / self.steps)
                 optimiser.step()
                 with torch.no_grad():
-                    logarithms.clamp_(-math.log(WIDEST), math.log(WIDEST))
+                    logarithms.clamp_(-math.log(_WIDEST), math.log(_WIDEST))
                 after_step()
         with differentiable(seed=0), torch.no_grad():  # draws what the first step drew
             factors = logarithms.exp()

@@ -63,7 +63,7 @@ def train_masks(
         masks = {"spam": tallstore.train_masks("base/", "spam/", loss, density=0.01)}
         tallstore.pack("base/", {"spam": "spam/"}, "bundle/", method=tallstore.Localize(masks=masks))
 
-    The masks fit the values as they are: keep `Localize`'s gain "published". What they keep, a gain of one overshoots.
+    The masks fit the values as they are, and so `Localize` keeps them: what they hold, a gain of one would overshoot.
 
     Args:
         base: as for `pack`.

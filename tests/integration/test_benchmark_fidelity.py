@@ -53,7 +53,8 @@ def test_every_method_has_a_row_and_every_row_its_own_name(fidelity):
     assert len(set(names)) == len(names)
     methods = {type(fit.method) for fit in fidelity.FITS} - {type(None)}
     assert methods == set(fidelity.Method.__args__)
-    assert all(fit.dense is not None for fit in fidelity.FITS if not isinstance(fit.method, tallstore.Auto))
+    assert all(fit.dense is not None for fit in fidelity.FITS if type(fit.method) not in {tallstore.Auto, type(None)})
+    assert {"deltatensors, 1 bit", "deltatensors, int4"} <= set(names)
 
 
 def test_bundles_hold_what_the_formulas_say(fidelity, dense_fits, checkpoints, tmp_path):
@@ -145,6 +146,18 @@ def test_small_experts_are_packed_and_scored(fidelity, trained, tmp_path):
     for row in rows.values():
         assert all(0 <= value <= 100 for value in (*row.agreement.values(), *row.accuracy.values()))
     assert min(rows["TVQ, 4 bits"].agreement.values()) > 95
+
+
+def test_peers_are_scored_on_what_their_files_give_back(fidelity, trained, tmp_path):
+    """One that stores signs, without an installation, and one that is not installed."""
+    signs = next(peer for peer in fidelity.peers("float32") if peer.name.startswith("BitDelta"))
+    absent = fidelity.replace(signs, name="absent", package="no-such-package-at-all")
+    fits = [fidelity.Fit(peer.name, peer=peer) for peer in (signs, absent)]
+    with fidelity.small(2, "float32", trained) as family:
+        (row,) = fidelity.measure(family, fits, tmp_path)
+    assert (row.fit, set(row.packed), row.dense) == (signs.name, set(family.tasks), {})
+    assert 0.9 < row.bits < 8
+    assert 0.5 < row.cosine < 1
 
 
 def test_the_tasks_ask_different_things_of_images_nobody_trained_on(fidelity):

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import sys
 
 import pytest
 
@@ -51,6 +52,61 @@ def test_processes_write_the_same_bundle(pack, models, tmp_path):
 
 def test_a_pack_takes_at_least_one_worker():
     assert "--workers" in misused("pack", "--base", "b", "--experts", "e", "--out", "o", "--workers", "0")
+
+
+LOSSES = """\
+import torch
+
+
+def size(task, weights):
+    return sum((tensor.float() ** 2).mean() for tensor in weights.values() if tensor.is_floating_point())
+
+
+def broken(task, weights):
+    return weights["absent"]
+
+
+def number(task, weights):
+    return 1.0
+"""
+
+
+@pytest.fixture
+def losses(tmp_path, monkeypatch):
+    folder = tmp_path / "here"
+    folder.mkdir()
+    (folder / "losses.py").write_text(LOSSES)
+    monkeypatch.chdir(folder)
+    yield
+    sys.modules.pop("losses", None)
+
+
+@pytest.mark.usefixtures("losses")
+def test_gains_are_calibrated_on_a_loss_of_ones_own(pack, tmp_path):
+    pack()
+    plain = [task.gain for task in tallstore.open_bundle(tmp_path / "bundle").manifest.tasks]
+    report = json.loads(pack("--calibrate", "losses:size", "--overwrite", "--json").stdout)
+    assert plain == pytest.approx([1.0] * 3, abs=1e-3)
+    assert all(abs(task["gain"] - 1) > 0.01 for task in report["tasks"])
+
+
+@pytest.mark.usefixtures("losses")
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("losses:broken", "--calibrate: broken on task 'task1' raised KeyError: 'absent' (losses.py, line 9)"),
+        ("losses:number", "gave an object of type float; return a tensor of one number"),
+    ],
+)
+def test_a_loss_that_fails_is_one_line(models, tmp_path, place, message):
+    out = ["--base", models / "base", "--experts", models, "--out", tmp_path / "bundle"]
+    assert message in refused("pack", *out, "--calibrate", place)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_loss_that_is_nowhere_is_misuse(models, tmp_path):
+    out = ["--base", models / "base", "--experts", models, "--out", tmp_path / "bundle"]
+    assert misused("pack", *out, "--calibrate", "losses").startswith("--calibrate: 'losses' is not MODULE:FUNCTION")
 
 
 def test_experts_by_name(models, tmp_path):
@@ -168,6 +224,7 @@ def test_every_option_is_passed_on(models, tmp_path, monkeypatch):
         "key_mapping": {r"^model\.": "", "(?=a)": "b"},
         "embed_base": True,
         "base_ref": "org/name@" + "0" * 40,
+        "calibrate": None,
         "compress": False,
         "overwrite": True,
         "dry_run": True,

@@ -412,7 +412,7 @@ def test_a_merged_model_of_somebody_else(tmp_path):
 
 
 def test_names_that_were_mapped(tmp_path):
-    """Coded tensors know their base; what is stored whole under another name stays the base's."""
+    """Coded tensors know their base, and so do those that are stored whole under another name."""
     base = base_model()
     experts = experts_over(base)
     mapped = {task: {f"model.{name}": tensor for name, tensor in expert.items()} for task, expert in experts.items()}
@@ -420,9 +420,46 @@ def test_names_that_were_mapped(tmp_path):
     pack(base, mapped, tmp_path / "bundle", method=method, merged_dtype="float32", key_mapping={"^model[.]": ""})
     found = tallstore.open_bundle(tmp_path / "bundle", base=base).consensus(2)
     assert list(found) == sorted(base)
-    for name in ("block.kernel", "embed.weight", "norm.weight"):
+    for name in ("block.kernel", "embed.weight", "norm.weight", "norm.bias", "scale", "head.weight"):
         assert_due(found, base, name, consensus_due(base, experts, name, "sum", constant(experts, 0.7), k=2))
-    assert same_bits(found["norm.bias"], base["norm.bias"])
+    assert not torch.equal(found["norm.bias"], base["norm.bias"])
+
+
+@pytest.mark.parametrize("how", ["consensus", "stitch"])
+def test_mapped_names_make_no_difference(tmp_path, how):
+    base = base_model()
+    experts = experts_over(base)
+    method = TallMask(0.7) if how == "consensus" else Localize(0.2)
+    found = {}
+    for prefix in ("", "model."):
+        named = {task: {prefix + name: tensor for name, tensor in expert.items()} for task, expert in experts.items()}
+        root = tmp_path / f"bundle-{prefix}"
+        pack(base, named, root, method=method, key_mapping={"^model[.]": ""}, private=["*special.weight"])
+        found[prefix] = getattr(tallstore.open_bundle(root, base=base), how)()
+    assert all(same_bits(tensor, found[""][name]) for name, tensor in found["model."].items())
+    assert not torch.equal(found[""]["special.weight"], base["special.weight"])
+
+
+def test_a_tensor_whose_name_is_the_bases_by_chance(tmp_path):
+    """The expert lacks the base's tensor, and has another one of its name: it is no fine-tune of it."""
+    base = base_model()
+    experts = {task: dict(expert) for task, expert in experts_over(base).items()}
+    for expert in experts.values():
+        expert["other.bias"] = expert["norm.bias"]
+    root = tmp_path / "bundle"
+    pack(
+        base,
+        experts,
+        root,
+        method=TallMask(0.7),
+        key_mapping={"^norm[.]bias$": "nowhere", "^other[.]bias$": "norm.bias"},
+    )
+    found = tallstore.open_bundle(root, base=base).consensus(2)
+    due = consensus_due(base, experts, "norm.bias", "sum", constant(experts, 0.7), k=2)
+    assert_due(found, base, "norm.bias", due)
+    pack(base, experts, tmp_path / "lost", method=TallMask(0.7), key_mapping={"^norm[.]bias$": "nowhere"})
+    lost = tallstore.open_bundle(tmp_path / "lost", base=base).consensus(2)
+    assert same_bits(lost["norm.bias"], base["norm.bias"])
 
 
 @pytest.fixture(params=["both names", "one name", "the other name"])
@@ -730,17 +767,16 @@ class Stitchable:
         return mask & (tau != 0)
 
     def _stored(self, task, name, tau, mask):
-        """The values of a task: its own where it is stored whole, else what its payload has, times the gain."""
+        """The values of a task: its own where it is stored whole, else what its payload has, in its unit."""
         if self.packed.kinds(task)[name] == "private":
             return tau
-        values = self.packed.values(task, name).double().numpy() * self.packed.gains(task, name).double().item()
+        unit = self.packed.unit(task, name)
+        values = self.packed.values(task, name).double().numpy() * unit
         found = np.zeros(tau.size)
         assert mask.sum() == values.size, (task, name)
         found[mask] = values
-        if self.method.gain == "published":
-            bits = {"float32": 23, "float16": 10, "bfloat16": 7}[self.method.values_dtype]
-            tiny = 2.0**-24 * self.packed.gains(task, name).double().item()
-            assert (np.abs(found - tau)[mask] <= 2.0 ** -(bits + 1) * np.abs(tau)[mask] + tiny).all()
+        bits = {"float32": 23, "float16": 10, "bfloat16": 7}[self.method.values_dtype]
+        assert (np.abs(found - tau)[mask] <= 2.0 ** -(bits + 1) * np.abs(tau)[mask] + 2.0**-24 * unit).all()
         return found
 
     def check(self, found, counted=None):
@@ -784,8 +820,11 @@ def test_stitching_of_all_values_and_gains(tmp_path, gain, values_dtype):
     base = base_model()
     method = Localize(0.3, gain=gain, values_dtype=values_dtype)
     case = Stitchable(tmp_path / "bundle", base, experts_over(base), method)
-    assert (case.packed.gains("a", "block.kernel").log2() % 1 == 0).item() == (gain != "one")
+    gains = case.packed.gains("a", "block.kernel").item()
+    assert (gains == case.packed.unit("a", "block.kernel")) == (gain != "one")
     case.check(case.open().stitch())
+    plain = Stitchable(tmp_path / "plain", base, case.experts, Localize(0.3, values_dtype=values_dtype)).open().stitch()
+    assert all(same_bits(tensor, plain[name]) for name, tensor in case.open().stitch().items())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -89,7 +89,7 @@ def test_experts_are_the_formulas(tmp_path, method):
             assert gains == [r13(gain) for gain in gains]
             assert len(gains) == (13 if getattr(method, "scale", "tensor") == "row" and name == "rows" else 1)
             tau = fit_reference.task_vector(BASE[name], EXPERTS[task][name])
-            step = formula.step(tau, method.gain)
+            step = formula.step(tau, method.parameters["gain"])
             found = packed.states[task][name].double() - BASE[name].double()
             bound = 2.0**-12 * step.abs() + 2.0**-22 * (BASE[name].double().abs() + step.abs())
             if formula.centre is not None:
@@ -99,7 +99,7 @@ def test_experts_are_the_formulas(tmp_path, method):
             assert formula.decided.float().mean() > 0.99, (name, task)
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method.gain == "one"], ids=label)
+@pytest.mark.parametrize("method", [method for method in METHODS if method.parameters["gain"] == "one"], ids=label)
 def test_gain_one_goes_the_whole_way_along_every_task_vector(tmp_path, method):
     """To the 13 bits of a gain, in the shared dtype that the method takes by itself."""
     packed = pack(BASE, EXPERTS, tmp_path / "bundle", method=method)
@@ -189,7 +189,7 @@ def test_sparse_values_are_those_of_the_set_bits(tmp_path, method, values_dtype)
             entry = packed.entry(task, name)
             assert entry.count == kept.sum().item()
             assert (entry.values is None) == (entry.count == 0)
-            values = packed.values(task, name).double() * packed.gains(task, name).double()
+            values = packed.values(task, name).double() * packed.unit(task, name)
             torch.testing.assert_close(values, formula.sides[kept], rtol=2.0**-12, atol=0)
 
 

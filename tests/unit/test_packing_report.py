@@ -176,7 +176,7 @@ def test_the_report_is_json_and_a_few_lines(tmp_path):
     assert plain["method"] == "TallMask(mask_lambda=1.0, merge='sum', gain='one', normalise=False)"
     assert plain["checkpoints_nbytes"] == report.checkpoints_nbytes
     assert plain["tasks"][0]["estimates"]["sign"]["bits"] == 1.0
-    assert {"tensor", "reason", "nbytes"} == set(plain["tasks"][0]["whole"][0])
+    assert {"tensor", "reason", "nbytes", "degenerate"} == set(plain["tasks"][0]["whole"][0])
     lines = str(report).splitlines()
     assert lines[0].startswith("packed 3 tasks with TallMask(")
     assert [line.split(":")[0].strip() for line in lines[1:4]] == ["a", "b", "c"]

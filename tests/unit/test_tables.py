@@ -151,6 +151,8 @@ def test_sound_tables_of_every_kind_have_no_problems(kinds):
         ("sparse", {"count": 0}, ["TAB-6"]),
         ("sparse", {"count": 12}, []),  # nothing that a table alone tells
         ("sparse", {"count": 13}, ["TAB-9"]),
+        ("sparse", {"unit": 2.0**-60}, []),
+        *(("sparse", {"unit": unit}, ["TAB-10"]) for unit in (0.0, -1.0, 3.0, 2.0**-61, 2.0**61, float("inf"))),
         ("bare", {"count": 1}, ["TAB-6"]),
         ("uniform", {"gain": 0.1}, ["NUM-1"]),
         ("uniform", {"shape": (3, 4)}, ["TAB-1"]),
@@ -165,7 +167,12 @@ def test_problems_of_every_kind(kinds, name, changes, rules):
 def test_leading_rows_of_a_new_kind_are_checked(kinds):
     table = kinds.task("t").table
     (leading,) = (tensor.leading for tensor in table.tensors if tensor.name == "long")
-    for changes, rule in (({"values": None}, "TAB-6"), ({"count": 13}, "TAB-9"), ({"row_axes": 3}, "TAB-7")):
+    for changes, rule in (
+        ({"values": None}, "TAB-6"),
+        ({"count": 13}, "TAB-9"),
+        ({"row_axes": 3}, "TAB-7"),
+        ({"unit": 0.75}, "TAB-10"),
+    ):
         changed = with_tensor("long", leading=msgspec.structs.replace(leading, **changes))(table)
         assert problems(kinds, {"tensors": changed.tensors}) == [rule]
 

@@ -41,8 +41,8 @@ def test_trained_masks_keep_more_of_an_expert_than_the_largest_moves(problem, tm
     assert bits_set(masks) <= bits_set(
         train_masks(problem.base, expert, problem.loss("flipped"), density=0.05, steps=0)
     )
-    assert scores["trained"].loss < 0.6 * scores["largest"].loss
-    assert scores["trained"].accuracy > scores["largest"].accuracy + 0.05
+    assert scores["trained"].loss < 0.85 * scores["largest"].loss
+    assert scores["trained"].accuracy > scores["largest"].accuracy + 0.01
 
 
 # --- the formula ---

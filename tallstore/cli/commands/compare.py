@@ -19,7 +19,7 @@ from tallstore.cli.inputs import (
 )
 from tallstore.cli.methods import MethodName, as_options, check_compared, compared_settings
 from tallstore.cli.options import JsonOption
-from tallstore.cli.own_score import own_score
+from tallstore.cli.own_function import own_score
 
 USAGE: Final = "--base BASE (--experts DIR|FILE | --expert NAME=PATH …) [OPTIONS]"
 EXAMPLES: Final = """\

@@ -19,6 +19,7 @@ from tallstore.cli.inputs import (
     read_pairs,
 )
 from tallstore.cli.methods import GainName, MergedDtype, MethodName, ScaleName, ValuesDtype, given_options, make_method
+from tallstore.cli.own_function import own_loss
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -106,7 +107,7 @@ def pack(
         typer.Option(
             metavar="GAIN",
             help="Of all methods but auto: one keeps each expert's full step along its task vector, least-squares makes"
-            " the error smallest, published is the paper's; one unless given, but published for emr and localize.",
+            " the error smallest, published is the paper's; one unless given, but published for emr.",
             rich_help_panel=_METHOD,
             show_default=False,
         ),
@@ -160,6 +161,16 @@ def pack(
         typer.Option(
             metavar="X",
             help="Of auto: what a coded parameter may cost, its share of the shared vectors included.",
+            rich_help_panel=_METHOD,
+            show_default=False,
+        ),
+    ] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="Refine the gains on your own loss: a function of a task and its state dict that gives a tensor of one"
+            " number, how far its outputs are from the true expert's; see tallstore.Calibration.",
             rich_help_panel=_METHOD,
             show_default=False,
         ),
@@ -248,7 +259,10 @@ def pack(
 
     from tallstore.cli import progress_bar, terminal  # noqa: PLC0415 - rich
 
-    with _processes(workers) as executor, progress_bar.show("packing") as progress:
+    with contextlib.ExitStack() as stack:
+        loss = None if calibrate is None else stack.enter_context(own_loss(calibrate))
+        executor = stack.enter_context(_processes(workers))
+        progress = stack.enter_context(progress_bar.show("packing"))
         report = tallstore.pack(
             source,
             named,
@@ -257,6 +271,7 @@ def pack(
             merged_dtype=None if merged_dtype is None else merged_dtype.value,
             private=private or (),
             key_mapping=given.key_mapping,
+            calibrate=None if loss is None else tallstore.Calibration(loss),
             embed_base=embed_base,
             base_ref=base_ref,
             compress=not no_compress,
