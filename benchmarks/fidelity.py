@@ -100,6 +100,7 @@ FITS = (
         DenseFit(dense_fits.localize, "published", kept=0.01),
     ),
     Fit("Auto(1.1)", tallstore.Auto(1.1)),
+    Fit("Auto(0.75)", tallstore.Auto(0.75)),
     *(
         formula(f"TVQ, {nbits} bits", DenseFit(dense_fits.asymmetric(nbits), "published"), float(nbits))
         for nbits in (2, 3, 4)

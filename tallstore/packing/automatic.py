@@ -27,7 +27,7 @@ CANDIDATES: tuple[Method, ...] = (
     Sign(),
     Sign(scale="tensor"),
     *(Uniform(3, threshold=threshold) for threshold in (None, 1.0, 1.5, 2.0, 2.5)),
-    *(Uniform(3, scale="tensor", threshold=threshold) for threshold in (None, 1.0, 1.5)),
+    *(Uniform(3, scale="tensor", threshold=threshold) for threshold in (None, 1.0, 1.5, 2.0, 2.5)),
     Uniform(4),
     Uniform(8),
     Uniform(16),
