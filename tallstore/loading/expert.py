@@ -20,6 +20,7 @@ from tallstore.format.shard_reader import PayloadReader
 from tallstore.loading import parallel
 from tallstore.loading.coded import open_coded
 from tallstore.loading.decode import copy_cast
+from tallstore.loading.fresh_memory import Wanted, fresh
 from tallstore.loading.pinned_base import PinnedBase
 
 _JOB_NUMEL: Final = CHUNK_NUMEL // 2
@@ -68,14 +69,17 @@ class Expert:
             TallstoreError: as `read`.
         """
         whole: dict[str, Tensor] = {}
+        names = list(names)
+
+        def wanted(name: str) -> Wanted:
+            spec = self.spec(name)
+            own_dtype = TORCH_DTYPES[spec.dtype]
+            return spec.shape, own_dtype if dtype is None or not own_dtype.is_floating_point else dtype
 
         def pieces() -> Iterator[_Piece]:
-            for name in names:
-                spec = self.spec(name)
-                own_dtype = TORCH_DTYPES[spec.dtype]
-                wanted = own_dtype if dtype is None or not own_dtype.is_floating_point else dtype
-                whole[name] = torch.empty(spec.shape, dtype=wanted, device="cpu")
-                yield from self._pieces(name, 0, spec.numel, whole[name].view(-1))
+            for name, tensor in zip(names, fresh(map(wanted, names)), strict=True):
+                whole[name] = tensor
+                yield from self._pieces(name, 0, tensor.numel(), tensor.view(-1))
 
         parallel.run(_grouped(pieces()))
         return whole
