@@ -76,9 +76,9 @@ def _add(destination: Tensor, base: Tensor, tile: Tile, start: int) -> bool:
     Zeros of the deltas are negative and keep every number of the base as it is, but not every NaN.
     """
     direct = destination.dtype == torch.float32
-    total = destination if direct else scratch.tensor("total", base.numel(), torch.float32)
     if base.dtype != torch.float32:
-        base = as_float32(base, "base")  # faster than a sum of two dtypes
+        base = as_float32(base, "total")  # faster than a sum of two dtypes; the sum may then take its place
+    total = destination if direct else scratch.tensor("total", base.numel(), torch.float32)
     if tile.scales is None or not tile.is_exact:
         torch.add(base, delta(tile, start), out=total)
     else:
