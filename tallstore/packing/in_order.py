@@ -40,13 +40,20 @@ def in_order(
             else:
                 pending.append(_send(executor, item))
             if len(pending) > most:
-                yield _settle(pending.popleft(), foreign=executor is not None)
+                yield _first(pending, foreign=executor is not None)
         while pending:
-            yield _settle(pending.popleft(), foreign=executor is not None)
+            yield _first(pending, foreign=executor is not None)
     finally:
         for future in pending:
             if not isinstance(future, str) and not future.cancel():
                 future.exception()  # waits for its end
+
+
+def _first(pending: deque[Future[UnitMade] | str], *, foreign: bool) -> UnitMade | str:
+    """What came of the first of *pending*, which is pending as long as it is waited for."""
+    made = _settle(pending[0], foreign=foreign)
+    pending.popleft()
+    return made
 
 
 def _send(executor: Executor, unit: Unit) -> Future[UnitMade]:

@@ -169,7 +169,8 @@ class Job:
             run=self.pool.map,
         )
         written = assemble.write_base(self.base, self._table, root, embed=embed)
-        with tempfile.TemporaryDirectory(prefix=".units-", dir=root) as scratch:
+        # An interrupted unit may still be writing there; the bundle's directory is removed when none is any more.
+        with tempfile.TemporaryDirectory(prefix=".units-", dir=root, ignore_cleanup_errors=True) as scratch:
             self._pack_tensors(group, fitting, given, Path(scratch), executor)
         self._store_unknown(group)
         self._meter.end_phase()

@@ -120,14 +120,14 @@ def pack(
         _check_output(target, [opened_base, *checkpoints.values()], overwrite=overwrite)
         named = name_experts(opened_base, checkpoints, key_mapping or {})
         missed = companions.look_through({task: checkpoint.directory for task, checkpoint in checkpoints.items()})
-        pool = inputs.enter_context(parallel.threads())
         meter = Meter(progress, _phases(method, sum(expert.nbytes for expert in named), calibrate))
         given = open_merged(method, opened_base, inputs)
-        job = Job(opened_base, named, options, meter=meter, pool=pool)
         scorer = None if evaluate is None else _Scorer(base, evaluate)
-        calibrator = None if calibrate is None else Calibrator(job, calibrate, meter, given)
-        # The place is taken first: who finds it busy should not wait for a fit.
-        with _destination(target, dry_run=dry_run) as root:
+        # The place is taken first: who finds it busy should not wait for a fit. It is given back last: what threads are
+        # at when somebody interrupts must have ended before what they wrote is removed.
+        with _destination(target, dry_run=dry_run) as root, parallel.threads() as pool:
+            job = Job(opened_base, named, options, meter=meter, pool=pool)
+            calibrator = None if calibrate is None else Calibrator(job, calibrate, meter, given)
             place = root if dry_run else Path(os.path.realpath(target))
             if isinstance(method, Auto):
                 report = automatic.write(
