@@ -20,7 +20,7 @@ from tallstore.format.dtypes import CHUNK_NUMEL
 from tallstore.loading.scratch import scratch
 from tallstore.loading.sides import SharedChunk, Sides, Tile, as_float32, delta
 
-_TILE_NUMEL: Final = 1 << 18  # what fits the caches, and makes the cost of a call small
+_TILE_NUMEL: Final = 1 << 19  # near enough to the caches, and few calls: between any two, threads wait for each other
 _SERIAL_NUMEL: Final = 1 << 15  # torch works on that many elements without its other threads
 _SMALLEST_NORMAL: Final = sys.float_info.min
 
@@ -42,7 +42,7 @@ def rebuild(destination: Tensor, base: Tensor, sides: Sides, centre: SharedChunk
         for first in range(0, base.numel(), tile_numel):
             last = min(first + tile_numel, base.numel())
             place = (offset + first, offset + last, start + first)
-            here, before = destination[first:last], base[first:last]
+            here, before = _part(destination, first, last), _part(base, first, last)
             simple = centre is None and sides.keep_zeros and base.dtype != torch.float64
             if not simple or not _add(here, before, sides.tile(*place), start + first):
                 moved = None if centre is None else centre.everywhere(*place)
@@ -58,6 +58,11 @@ def deltas(sides: Sides, start: int, stop: int) -> Tensor:
             last = min(first + tile_numel, found.numel())
             found[first:last] = delta(sides.tile(offset + first, offset + last, start + first), start + first)
     return found
+
+
+def _part(elements: Tensor, first: int, last: int) -> Tensor:
+    """Elements [first, last): the tensor itself where that is all of it, since every operation has its price."""
+    return elements if last - first == elements.numel() else elements[first:last]
 
 
 def copy_cast(destination: Tensor, source: Tensor) -> None:

@@ -16,6 +16,7 @@ from tallstore.loading.scratch import scratch
 
 _LARGEST_ITEM: Final = 8  # bytes of an entry: a table of pairs, 65,536 of them, still fits a core's cache
 _PAIRED_NBYTES: Final = 1 << 12  # packed bytes from which on such a table is worth the cache that it takes
+_MAX_ROOMS: Final = 64
 _INTEGERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _DTYPES: Final[dict[torch.dtype, type[np.generic]]] = {torch.int8: np.int8, torch.float32: np.float32}
 
@@ -34,7 +35,8 @@ class LookUp:
         self._width, self._values, self._dtype = width, values, dtype
         self._per_byte = 8 // width
         self._has_pairs = 2 * self._per_byte * dtype.itemsize <= _LARGEST_ITEM
-        self._rooms = threading.local()
+        self._places, self._elements = f"places of {dtype}", f"looked up {dtype}"
+        self._rooms = _Rooms()
 
     def __call__(self, packed: Bytes, first: int, last: int) -> Tensor:
         """The values of codes [first, last) of *packed*.
@@ -54,17 +56,19 @@ class LookUp:
 
     def _room(self, nbytes: int) -> _Room:
         """This thread's, for so many packed bytes."""
-        room: _Room | None = getattr(self._rooms, "last", None)
-        if room is None or room.nbytes != nbytes:
+        elements = scratch.tensor(self._elements, nbytes * self._per_byte, self._dtype)
+        room = self._rooms.of_size.get(nbytes)
+        if room is None or room.elements is not elements:
             by_pairs = self._has_pairs and nbytes >= _PAIRED_NBYTES and not nbytes % 2
             table = self._pairs if by_pairs else self._bytes
-            count = nbytes // 2 if by_pairs else nbytes
-            places = scratch.tensor(f"places of {self._dtype}", count, torch.int32)
-            elements = scratch.tensor(f"looked up {self._dtype}", nbytes * self._per_byte, self._dtype)
+            places = scratch.tensor(self._places, nbytes // 2 if by_pairs else nbytes, torch.int32)
             with torch.inference_mode(mode=False):  # as the scratch memory was made
                 items = elements.view(table.dtype)
             unit: np.dtype[np.unsignedinteger] = np.dtype("<u2" if by_pairs else np.uint8)
-            room = self._rooms.last = _Room(nbytes, unit, table, places, places.numpy(), items, elements)
+            room = _Room(unit, table, places, places.numpy(), items, elements)
+            if len(self._rooms.of_size) >= _MAX_ROOMS:
+                self._rooms.of_size.clear()
+            self._rooms.of_size[nbytes] = room
         return room
 
     @cached_property
@@ -88,18 +92,23 @@ class LookUp:
         return fields
 
 
+class _Rooms(threading.local):
+    """Each thread's, by packed bytes."""
+
+    def __init__(self) -> None:
+        self.of_size: dict[int, _Room] = {}
+
+
 class _Room(NamedTuple):
     """Where one thread looks up the codes in so many packed bytes: views of its scratch memory.
 
     Attributes:
-        nbytes: packed.
         unit: of what one entry of the table is for.
         table: of the entries.
         places, indices: which entries: int32, the same memory.
         items, elements: the entries, and the values in them: the same memory.
     """
 
-    nbytes: int
     unit: np.dtype[np.unsignedinteger]
     table: Tensor
     places: Tensor

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import threading
+from typing import Final
 
 import torch
 from torch import Tensor
+
+_SMALLEST_NUMEL: Final = 1 << 19  # a tile, so that few grow
+_MAX_PARTS: Final = 256
 
 
 class Scratch(threading.local):
@@ -13,19 +17,21 @@ class Scratch(threading.local):
 
     def __init__(self) -> None:
         self._whole: dict[str, Tensor] = {}
-        self._last: dict[str, tuple[int, Tensor]] = {}  # tiles are of one size, most of the time
+        self._parts: dict[tuple[str, int], Tensor] = {}  # a model has tiles of few sizes: to make a view costs too
 
     def tensor(self, name: str, numel: int, dtype: torch.dtype) -> Tensor:
         """A tensor [numel] on the CPU, of any content; *dtype* is always the same for a *name*."""
-        last = self._last.get(name)
-        if last is not None and last[0] == numel:
-            return last[1]
+        part = self._parts.get((name, numel))
+        return self._part(name, numel, dtype) if part is None else part
+
+    def _part(self, name: str, numel: int, dtype: torch.dtype) -> Tensor:
         whole = self._whole.get(name)
+        if len(self._parts) >= _MAX_PARTS or (whole is not None and whole.numel() < numel):
+            self._parts.clear()  # those of memory that is given up among them
         with torch.inference_mode(mode=False):  # what is made in that mode cannot be written to outside of it
             if whole is None or whole.numel() < numel:
-                whole = self._whole[name] = torch.empty(numel, dtype=dtype, device="cpu")
-            part = whole.narrow(0, 0, numel)
-        self._last[name] = (numel, part)
+                whole = self._whole[name] = torch.empty(max(numel, _SMALLEST_NUMEL), dtype=dtype, device="cpu")
+            part = self._parts[name, numel] = whole.narrow(0, 0, numel)
         return part
 
 

@@ -95,7 +95,9 @@ class RowScales:
     def add_product(self, destination: Tensor, base: Tensor, elements: Tensor, start: int) -> None:
         """Write *base* + turned scale times *elements*: for products that float32 holds exactly, all [n] float32."""
         for first, last, factor, factors in self.runs(start, elements.numel()):
-            here, before, part = destination[first:last], base[first:last], elements[first:last]
+            here, before, part = destination, base, elements
+            if last - first < elements.numel():
+                here, before, part = destination[first:last], base[first:last], elements[first:last]
             if factors is None:
                 torch.add(before, part, alpha=factor, out=here)
             else:
