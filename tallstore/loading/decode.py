@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,10 +85,7 @@ def _add(destination: Tensor, base: Tensor, tile: Tile, start: int) -> bool:
     if base.dtype != torch.float32:
         base = as_float32(base, "total")  # faster than a sum of two dtypes; the sum may then take its place
     total = destination if direct else scratch.tensor("total", base.numel(), torch.float32)
-    if tile.scales is None or not tile.is_exact:
-        torch.add(base, delta(tile, start), out=total)
-    else:
-        tile.scales.add_product(total, base, tile.turned, start)
+    torch.add(base, delta(tile, start), out=total)
     if not math.isfinite(total.sum().item()):
         return False
     if not direct:
@@ -137,7 +135,8 @@ def _ieee_arithmetic(numel: int) -> Iterator[int]:
         torch.set_flush_denormal(False)
     try:
         serial = numel <= _SERIAL_NUMEL or torch.get_num_threads() == 1
-        yield _TILE_NUMEL if serial or not _other_threads_flush() else _SERIAL_NUMEL
+        with np.errstate(over="ignore"):  # to infinity, as in torch
+            yield _TILE_NUMEL if serial or not _other_threads_flush() else _SERIAL_NUMEL
     finally:
         if flushes:
             torch.set_flush_denormal(True)

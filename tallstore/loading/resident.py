@@ -226,7 +226,7 @@ class ResidentBase(PinnedBase):
         if chunk is None:
             return self._source.read(name, start, stop)
         first = start // CHUNK_NUMEL * CHUNK_NUMEL
-        return chunk[start - first : stop - first]
+        return chunk if stop - start == chunk.numel() else chunk[start - first : stop - first]
 
     @property
     def nbytes_read(self) -> int:

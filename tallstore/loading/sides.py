@@ -1,7 +1,7 @@
 """Bits and fields to what is added to the base: the sides that a task chose, and their scales, tile by tile on the CPU.
 
 One class a way of choosing. A tile is in the thread's scratch memory. They count on the caller that flushing of
-subnormal numbers is off.
+subnormal numbers is off, and that numpy says nothing of overflow.
 
 Numbers are kept with their signs turned: values times minus one, scales times minus one. Their product is the same, and
 it is -0.0 where a side is absent: added to any number, -0.0 changes no bit, while +0.0 makes a -0.0 positive.
@@ -9,7 +9,6 @@ it is -0.0 where a side is absent: added to any number, -0.0 changes no bit, whi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Final, NamedTuple, Protocol
@@ -31,20 +30,6 @@ _LOG4: Final = LookUp(4, LOG4_VALUES, torch.float32)
 _TURNED_SIGNS: Final = LookUp(2, tuple(-sign for sign in SIGNED_VALUES), torch.int8)
 
 
-class Run(NamedTuple):
-    """Elements [first, last) of a tile that are whole rows, or a part of one, and what they are multiplied by.
-
-    Attributes:
-        factor: of a part of a row.
-        factors: float32 [rows, 1] of whole rows; None for a part.
-    """
-
-    first: int
-    last: int
-    factor: float
-    factors: Tensor | None
-
-
 @dataclass(frozen=True)
 class RowScales:
     """The scales of a tensor's rows.
@@ -63,46 +48,27 @@ class RowScales:
         return bool(self.scales.min(initial=1) > 0)
 
     @cached_property
-    def _turned(self) -> Tensor:
-        return torch.from_numpy(np.negative(self.scales))
-
-    def runs(self, start: int, count: int) -> Iterator[Run]:
-        """Elements [start, start + count) of the flat tensor by rows, under turned scales."""
-        if self.scales.size == 1:
-            yield Run(0, count, -float(self.scales[0]), None)
-            return
-        done = 0
-        while done < count:
-            row, inside = divmod(start + done, self.row_length)
-            whole = 0 if inside else (count - done) // self.row_length
-            if whole:
-                last = done + whole * self.row_length
-                yield Run(done, last, 0.0, self._turned[row : row + whole].view(whole, 1))
-            else:  # a row's end at the beginning, a row's beginning at the end
-                last = min(count, done + self.row_length - inside)
-                yield Run(done, last, -float(self.scales[row]), None)
-            done = last
+    def _turned(self) -> NDArray[np.float32]:
+        return np.negative(self.scales)
 
     def multiply(self, elements: Tensor, start: int) -> None:
-        """Multiply *elements*, those from *start* on of the flat tensor, by their rows' turned scales, in place."""
-        for first, last, factor, factors in self.runs(start, elements.numel()):
-            part = elements[first:last]
-            if factors is None:
-                part.mul_(factor)
-            else:
-                part.view(factors.numel(), -1).mul_(factors)
+        """Multiply *elements*, those from *start* on of the flat tensor, by their rows' turned scales, in place.
 
-    def add_product(self, destination: Tensor, base: Tensor, elements: Tensor, start: int) -> None:
-        """Write *base* + turned scale times *elements*: for products that float32 holds exactly, all [n] float32."""
-        for first, last, factor, factors in self.runs(start, elements.numel()):
-            here, before, part = destination, base, elements
-            if last - first < elements.numel():
-                here, before, part = destination[first:last], base[first:last], elements[first:last]
-            if factors is None:
-                torch.add(before, part, alpha=factor, out=here)
-            else:
-                shape = (factors.numel(), -1)
-                torch.addcmul(before.view(shape), part.view(shape), factors, out=here.view(shape))
+        In numpy, whose views, unlike torch's, let no other thread take the interpreter's lock.
+        """
+        flat = elements.numpy()
+        if self.scales.size == 1:
+            np.multiply(flat, self._turned[0], out=flat)
+            return
+        done = 0
+        while done < flat.size:
+            row, inside = divmod(start + done, self.row_length)
+            whole = 0 if inside else (flat.size - done) // self.row_length
+            # Whole rows, or a row's end at the beginning, or a row's beginning at the end.
+            last = done + whole * self.row_length if whole else min(flat.size, done + self.row_length - inside)
+            part = flat[done:last].reshape(max(1, whole), -1)
+            np.multiply(part, self._turned[row : row + max(1, whole), None], out=part)
+            done = last
 
 
 class Tile(NamedTuple):
@@ -112,12 +78,10 @@ class Tile(NamedTuple):
         turned: float32 [n], in scratch memory; its zeros are +0.0. Minus the values, or the deltas if *scales* is None,
             whose zeros are -0.0 then.
         scales: of the tensor's rows.
-        is_exact: float32 holds every product of the two.
     """
 
     turned: Tensor
     scales: RowScales | None
-    is_exact: bool = True
 
 
 class Sides(Protocol):
@@ -178,7 +142,7 @@ class SharedChunk:
         values = self._values(first, last).mul_(as_float32(turned_signs, "signs"))
         if self.dtype != "LOG4":
             values.add_(0.0)  # the zeros of negative values are -0.0
-        return Tile(values, self.scales, self.dtype != "F32")
+        return Tile(values, self.scales)
 
     def _values(self, first: int, last: int) -> Tensor:
         """float32, in scratch memory."""
@@ -296,7 +260,7 @@ class SparseSides:
         low, high = np.searchsorted(self.positions, (first, last))
         turned = scratch.tensor("elements", last - first, torch.float32).zero_()
         turned.numpy()[self.positions[low:high] - first] = 0.0 - self.values[low:high]
-        return Tile(turned, self.scales, is_exact=False)
+        return Tile(turned, self.scales)
 
 
 @cache
