@@ -91,7 +91,7 @@ def test_the_metadata_say_what_the_project_is(built):
     assert {f"Programming Language :: Python :: {version}" for version in PYTHONS} <= classifiers
     assert "Typing :: Typed" in classifiers
     assert metadata["Metadata-Version"] == "2.4"
-    assert metadata.get_payload() == (ROOT / "README.md").read_text(encoding="utf-8")
+    assert metadata.get_payload(decode=True).decode("utf-8") == (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(built):
