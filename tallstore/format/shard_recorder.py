@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from tallstore.format import bits
 from tallstore.format.bits import Bytes
 from tallstore.format.codecs import Codec
 from tallstore.format.encodings import Encoding
@@ -41,10 +40,7 @@ class ShardRecorder:
     ) -> Payload:
         """Take a payload that is at hand, as `ShardWriter.whole` does."""
         if numel >= POOLED_NUMEL:
-            writer = self.payload(stem, key, encoding, ranked=ranked)
-            width = encoding.width
-            writer.append(decoded if width >= 8 else bits.unpack(decoded, numel, width))
-            return writer.finish()
+            return self.payload(stem, key, encoding, ranked=ranked).take_all(decoded, numel)
         self._taken.append(Recorded(stem, key, "raw", 0, 0, (), pooled=np.ascontiguousarray(decoded).tobytes()))
         return Payload(shard=len(self._taken) - 1, codec="pooled", at=0)
 

@@ -136,10 +136,7 @@ class ShardWriter:
     ) -> Payload:
         """Write a payload that is at hand as decoded bytes: into the pool if it is small."""
         if numel >= POOLED_NUMEL:
-            writer = self.payload(stem, key, encoding, ranked=ranked)
-            width = encoding.width
-            writer.append(decoded if width >= 8 else bits.unpack(decoded, numel, width))
-            return writer.finish()
+            return self.payload(stem, key, encoding, ranked=ranked).take_all(decoded, numel)
         return self._pool(stem, decoded.tobytes())
 
     def _pool(self, stem: str, decoded: bytes) -> Payload:
@@ -235,6 +232,12 @@ class PayloadWriter:
         self._stop, self._records = self._body.nbytes, tuple(self._body.records[self._at :])
         self._buffer = np.empty(0, np.uint8)
         return Payload(shard=self._shard, codec=self._codec or "raw", at=self._at)
+
+    def take_all(self, decoded: Bytes, numel: int) -> Payload:
+        """Append all *numel* elements, as decoded bytes, and finish."""
+        width = self._encoding.width
+        self.append(decoded if width >= 8 else bits.unpack(decoded, numel, width))
+        return self.finish()
 
     def recorded(self, stem: str) -> Recorded | None:
         """What was written; None if it was taken back."""
