@@ -169,9 +169,10 @@ class Job:
             run=self.pool.map,
         )
         written = assemble.write_base(self.base, self._table, root, embed=embed)
-        # An interrupted unit may still be writing there; the bundle's directory is removed when none is any more.
-        with tempfile.TemporaryDirectory(prefix=".units-", dir=root, ignore_cleanup_errors=True) as scratch:
-            self._pack_tensors(group, fitting, given, Path(scratch), executor)
+        # Whoever gave the directory removes it after an error, when no interrupted unit is writing there any more.
+        scratch = Path(tempfile.mkdtemp(prefix=".units-", dir=root))
+        self._pack_tensors(group, fitting, given, scratch, executor)
+        scratch.rmdir()  # of each unit, the group has removed the file
         self._store_unknown(group)
         self._meter.end_phase()
         method = assemble.recorded_method(fitting.method)
