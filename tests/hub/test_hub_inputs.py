@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save
 
-from tests.hub.loopback import LoopbackHub, Repo
+from tests.hub.client_process import client_environment
+from tests.hub.loopback import Account, LoopbackHub
+from tests.hub.loopback.faults import Status
 
 OLD, NEW = "a" * 40, "b" * 40
 RIGHT = "hf_right"
-ROOT = Path(__file__).parents[2]
 
 OPEN_EACH = """
 import json, sys, traceback
@@ -58,23 +57,20 @@ def index(**places):
     return json.dumps({"weight_map": places}).encode()
 
 
-REPOS = {
-    "org/plain": Repo(
-        {
-            OLD: {"model.safetensors": weights(1, "w")},
-            NEW: {
-                "model.safetensors": weights(2, "w"),
-                "pytorch_model.bin": pickled(3, "w"),
-                "onnx/model.safetensors": weights(4, "w"),
-                "consolidated.safetensors": weights(5, "w"),
-                "config.json": b"{}",
-                "vocab.txt": b"a\nb\n",
-                "README.md": b"# Plain",
-                ".gitattributes": b"",
-            },
+MODELS = {
+    "org/plain": {
+        OLD: {"model.safetensors": weights(1, "w")},
+        NEW: {
+            "model.safetensors": weights(2, "w"),
+            "pytorch_model.bin": pickled(3, "w"),
+            "onnx/model.safetensors": weights(4, "w"),
+            "consolidated.safetensors": weights(5, "w"),
+            "config.json": b"{}",
+            "vocab.txt": b"a\nb\n",
+            "README.md": b"# Plain",
+            ".gitattributes": b"",
         },
-        refs={"v1": OLD, "refs/pr/1": OLD},
-    ),
+    },
     "org/sharded": {
         NEW: {
             "model.safetensors.index.json": index(a="one.safetensors", b="two.safetensors"),
@@ -95,8 +91,8 @@ REPOS = {
             "model.safetensors": weights(1, "w"),
         }
     },
-    "org/private": Repo({NEW: {"model.safetensors": weights(1, "w")}}, token=RIGHT),
-    "org/gated": Repo({NEW: {"model.safetensors": weights(1, "w"), "config.json": b"{}"}}, gated=True),
+    "org/private": {NEW: {"model.safetensors": weights(1, "w")}},
+    "org/gated": {NEW: {"model.safetensors": weights(1, "w"), "config.json": b"{}"}},
     "org/forbidden": {NEW: {"model.safetensors": weights(1, "w")}},
     "org/broken": {NEW: {"model.safetensors": weights(1, "w")}},
 }
@@ -114,7 +110,7 @@ ONLINE = {
     "private, wrong token": ("org/private", "hf_wrong"),
     "private, impossible token": ("org/private", "hf_impossible\n"),
     "private, right token": ("org/private", RIGHT),  # last: the cache needs no token
-    **{repo.partition("/")[2]: (repo, None) for repo in REPOS if repo not in {"org/plain", "org/private"}},
+    **{repo.partition("/")[2]: (repo, None) for repo in MODELS if repo not in {"org/plain", "org/private"}},
 }
 OFFLINE = {
     "cached": ("org/plain", None),
@@ -126,10 +122,11 @@ OFFLINE = {
 }
 
 
-def open_each(sources, home, **settings):
+def open_each(hub, sources, home, **settings):
     """Open the *sources* in another process; what became of each."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    environment |= {"HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT), **settings}
+    environment = client_environment(hub.url, home, **settings)
+    # Bars are not switched off: where there is no terminal, there are none.
+    del environment["HF_HUB_DISABLE_PROGRESS_BARS"]
     process = subprocess.run(
         [sys.executable, "-c", OPEN_EACH],
         input=json.dumps(list(sources.values())),
@@ -145,9 +142,13 @@ def open_each(sources, home, **settings):
 
 @pytest.fixture(scope="module")
 def hub():
-    with LoopbackHub(REPOS) as running:
-        running.failures["/api/models/org/forbidden"] = 403
-        running.failures["/api/models/org/broken"] = 500
+    with LoopbackHub(accounts=[Account(RIGHT, "member", organisations={"org": "read"})]) as running:
+        for repo_id, history in MODELS.items():
+            private, gated = repo_id == "org/private", repo_id == "org/gated"
+            running.add(repo_id, history, private=private, gated=gated)
+        running.repositories["org/plain"].refs |= {"refs/tags/v1": OLD, "refs/pr/1": OLD}
+        running.inject(Status(403), path="/api/models/org/forbidden*", times=None)
+        running.inject(Status(500), path="/api/models/org/broken*", times=None)
         yield running
 
 
@@ -158,22 +159,20 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def online(hub, home):
-    return open_each(ONLINE, home, HF_ENDPOINT=hub.url)
+    return open_each(hub, ONLINE, home)
 
 
 @pytest.fixture(scope="module")
 def offline(hub, home, online):
-    before = len(hub.requests)
-    outcomes = open_each(OFFLINE, home, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1")
-    assert len(hub.requests) == before
+    before = len(hub.log)
+    outcomes = open_each(hub, OFFLINE, home, HF_HUB_OFFLINE="1")
+    assert len(hub.log) == before
     return outcomes
 
 
 def downloaded(hub, repo_id):
-    prefix = f"/{repo_id}/resolve/"
-    return {
-        path.removeprefix(prefix)[41:] for method, path in hub.requests if method == "GET" and path.startswith(prefix)
-    }
+    prefix = f"/{repo_id}/resolve/{NEW}/"
+    return {exchange.path.removeprefix(prefix) for exchange in hub.log.select("GET", f"{prefix}*")}
 
 
 @pytest.mark.parametrize(
@@ -225,7 +224,7 @@ def test_a_token_opens_a_private_model(online):
         ("no such model", "CheckpointNotFoundError", "org/nothing: no such path here, and no such model on the Hub"),
         ("impossible id", "CheckpointNotFoundError", "org/a--b: no such path here, and no valid id of a model"),
         ("private, no token", "CheckpointNotFoundError", "a private one needs a token (see `hf auth login`)"),
-        ("private, wrong token", "CheckpointNotFoundError", "org/private: no such path here, and no such model"),
+        ("private, wrong token", "InputError", "org/private: the Hub refuses access (HTTP 401); give a token"),
         ("private, impossible token", "InputError", "org/private: cannot be downloaded from the Hub"),
         ("gated", "InputError", "org/gated: is a gated model; accept its terms on the Hub"),
         ("forbidden", "InputError", "org/forbidden: the Hub refuses access (HTTP 403); give a token"),

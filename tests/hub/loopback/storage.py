@@ -1,0 +1,72 @@
+"""Contents of files, by the name that the Hub has for them: a git blob id, or a large file's sha256."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from tests.hub.loopback.xet import XetStore
+
+
+def blob_id(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def lfs_pointer(sha256: str, nbytes: int) -> bytes:
+    """What git keeps of a large file."""
+    return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {nbytes}\n".encode()
+
+
+class Storage:
+    """A directory of contents, and what arrived by Xet beside it.
+
+    Attributes:
+        xet: None where the Hub does not speak Xet.
+    """
+
+    def __init__(self, root: Path, *, xet: bool) -> None:
+        self._contents = root / "contents"
+        self._contents.mkdir(parents=True)
+        self.xet = XetStore(root / "xet") if xet else None
+
+    def put(self, name: str, content: bytes) -> None:
+        (self._contents / name).write_bytes(content)
+
+    def add_large(self, sha256: str, content: bytes) -> None:
+        """Keep a large file that no client sent, as if one had."""
+        if self.xet is None:
+            self.put(sha256, content)
+        else:
+            self.xet.add(content)
+
+    def has(self, name: str) -> bool:
+        return (self._contents / name).is_file() or self.xet_hash(name) is not None
+
+    def read(self, name: str) -> bytes:
+        path = self._contents / name
+        if not path.is_file() and self.xet is not None:
+            return self.xet.read(name)
+        return path.read_bytes()
+
+    def nbytes(self, name: str) -> int:
+        return len(self.read(name))
+
+    def xet_hash(self, name: str) -> str | None:
+        return None if self.xet is None else self.xet.hash_of(name)
+
+    def put_part(self, name: str, number: int, content: bytes) -> None:
+        self.put(f"{name}.{number}", content)
+
+    def join_parts(self, name: str, count: int) -> None:
+        """Make a content of its parts.
+
+        Raises:
+            ValueError: they are not what they should be.
+        """
+        parts = [self._contents / f"{name}.{number}" for number in range(1, count + 1)]
+        content = b"".join(part.read_bytes() for part in parts)
+        if hashlib.sha256(content).hexdigest() != name:
+            raise ValueError(name)
+        self.put(name, content)
+        for part in parts:
+            part.unlink()
