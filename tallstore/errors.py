@@ -12,7 +12,10 @@ TallstoreError
 │   ├── UnknownTaskError
 │   └── UnknownTensorError
 ├── NotFetchedError             a task of the bundle whose files are not here
-├── BundleNotFoundError         no bundle at that path
+├── BundleNotFoundError         no bundle at that path, or of that id on the Hub
+├── HubError                    the Hub refuses, or cannot be reached
+│   ├── HubAccessError          no token, or one that may not do that
+│   └── HubConflictError        somebody else pushed in the meantime
 ├── InputError                  a checkpoint that cannot be packed
 │   ├── CheckpointNotFoundError
 │   ├── DamagedCheckpointError  truncated, or no tensor file at all
@@ -137,7 +140,27 @@ class NotFetchedError(TallstoreError):
 
 
 class BundleNotFoundError(TallstoreError):
-    """There is no bundle at that path."""
+    """There is no bundle at that path, or of that id on the Hub."""
+
+
+class HubError(TallstoreError):
+    """The Hub refuses, or cannot be reached.
+
+    Attributes:
+        where: the repository, and its revision where one was given.
+    """
+
+    def __init__(self, where: str, problem: str) -> None:
+        super().__init__(f"{where}: {problem}")
+        self.where, self.problem = where, problem
+
+
+class HubAccessError(HubError):
+    """No token was given, or one that may not do that."""
+
+
+class HubConflictError(HubError):
+    """Somebody else pushed in the meantime."""
 
 
 class InputError(TallstoreError):

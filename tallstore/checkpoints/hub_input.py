@@ -11,6 +11,7 @@ from tallstore.checkpoints.companion_names import DOWNLOAD_PATTERNS
 from tallstore.checkpoints.directory import STANDARD_FILES, shard_names
 from tallstore.checkpoints.refusals import refuse_by_config
 from tallstore.errors import CheckpointNotFoundError, InputError
+from tallstore.hub.refusals import Reason, refusal_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -91,36 +92,24 @@ def _snapshot(where: str, repo_id: str, revision: str | None, token: str | None,
     return Path(path)
 
 
+_KINDS: Final[dict[Reason, type[InputError]]] = {
+    "no revision": CheckpointNotFoundError,
+    "no repository": CheckpointNotFoundError,
+    "invalid id": CheckpointNotFoundError,
+}
+_PROBLEMS: Final[dict[Reason, str]] = {
+    "gated": "is a gated model; accept its terms on the Hub, and give the token of that account",
+    "no revision": "the Hub has that model, but no such revision; give another",
+    "no repository": "no such path here, and no such model on the Hub; a private one needs a token (`hf auth login`)",
+    "invalid id": "no such path here, and no valid id of a model on the Hub",
+    "no access": "the Hub refuses access (HTTP {status}); give a token that may read this model",
+    "busy": "the Hub answers with HTTP {status}; try again later",
+    "unreachable": "no such path here; the Hub cannot be reached, and its cache here does not have the whole model",
+    "other": "cannot be downloaded from the Hub ({name}); try again, or give a local directory",
+}
+
+
 def _hub_error(where: str, error: Exception) -> InputError:
-    from huggingface_hub import errors  # noqa: PLC0415
-
-    status = _http_status(error)
-    kind: type[InputError] = InputError
-    if isinstance(error, errors.GatedRepoError):
-        problem = "is a gated model; accept its terms on the Hub, and give the token of that account"
-    elif isinstance(error, errors.RevisionNotFoundError):
-        kind, problem = CheckpointNotFoundError, "the Hub has that model, but no such revision; give another"
-    elif isinstance(error, errors.RepositoryNotFoundError):
-        kind = CheckpointNotFoundError
-        problem = "no such path here, and no such model on the Hub; a private one needs a token (see `hf auth login`)"
-    elif isinstance(error, errors.HFValidationError):
-        kind, problem = CheckpointNotFoundError, "no such path here, and no valid id of a model on the Hub"
-    elif status in {401, 403}:
-        problem = f"the Hub refuses access (HTTP {status}); give a token that may read this model"
-    elif status is not None:
-        problem = f"the Hub answers with HTTP {status}; try again later"
-    elif isinstance(error, errors.LocalEntryNotFoundError):
-        problem = "no such path here; the Hub cannot be reached, and its cache here does not have the whole model"
-    else:
-        problem = f"cannot be downloaded from the Hub ({type(error).__name__}); try again, or give a local directory"
-    return kind(where, problem)
-
-
-def _http_status(error: BaseException | None) -> int | None:
-    """The status of the Hub's answer, which the library may have wrapped in another error."""
-    while error is not None:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if isinstance(status, int):
-            return status
-        error = error.__cause__
-    return None
+    refusal = refusal_of(error)
+    problem = _PROBLEMS[refusal.reason].format(status=refusal.status, name=refusal.name)
+    return _KINDS.get(refusal.reason, InputError)(where, problem)
