@@ -223,7 +223,7 @@ def test_a_token_opens_a_private_model(online):
         ("no such revision", "CheckpointNotFoundError", "org/plain@v9: the Hub has that model, but no such revision"),
         ("no such model", "CheckpointNotFoundError", "org/nothing: no such path here, and no such model on the Hub"),
         ("impossible id", "CheckpointNotFoundError", "org/a--b: no such path here, and no valid id of a model"),
-        ("private, no token", "CheckpointNotFoundError", "a private one needs a token (see `hf auth login`)"),
+        ("private, no token", "CheckpointNotFoundError", "a private one needs a token (`hf auth login`)"),
         ("private, wrong token", "InputError", "org/private: the Hub refuses access (HTTP 401); give a token"),
         ("private, impossible token", "InputError", "org/private: cannot be downloaded from the Hub"),
         ("gated", "InputError", "org/gated: is a gated model; accept its terms on the Hub"),
