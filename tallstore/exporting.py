@@ -89,7 +89,7 @@ def export(
         BaseError: the base is missing, or another one.
     """
     target = Path(out)
-    expert = BundleFiles(bundle.path).task(task)
+    expert = _files(bundle).task(task)
     _check_output(target, (bundle.path, *map(Path, inputs)), overwrite=overwrite)
     return _write(bundle, expert, target, max_shard_nbytes, _meter([expert], progress))
 
@@ -124,15 +124,15 @@ def export_all(
         OutputError, IntegrityError, BaseError: as `export`.
     """
     entries = bundle.manifest.tasks
-    absent = [entry.name for entry in entries if not bundle.is_fetched(entry.name)]
+    tables = _files(bundle)
+    absent = [entry.name for entry in entries if not tables.brings and not bundle.is_fetched(entry.name)]
     if absent:
         count = f"{len(absent)} of {len(entries)} tasks were not fetched"
         raise NotFetchedError(f"{bundle.path}: {count} ({_listed(absent)}); fetch them, or export the others by name")
     targets = [Path(out) / entry.slug for entry in entries]
     for target in targets:
         _check_output(target, (bundle.path, *map(Path, inputs)), overwrite=overwrite)
-    tables = BundleFiles(bundle.path)
-    experts = [tables.task(entry.name) for entry in entries]
+    experts = tables.tables_of(entry.name for entry in entries)
     meter = _meter(experts, progress)
     return tuple(
         _write(bundle, expert, target, max_shard_nbytes, meter) for expert, target in zip(experts, targets, strict=True)
@@ -182,6 +182,10 @@ def export_merged(
     return Exported(name, target, len(specs), nbytes, tuple(written), tuple(carried))
 
 
+def _files(bundle: Bundle) -> BundleFiles:
+    return bundle._files  # noqa: SLF001 - this package's
+
+
 def _pieces(tensor: torch.Tensor) -> Iterator[bytes]:
     """The little-endian bytes of a tensor."""
     raw = tensor.reshape(-1).view(torch.uint8).numpy()
@@ -203,6 +207,7 @@ def _write(bundle: Bundle, expert: Task, target: Path, max_shard_nbytes: int, me
     """Write one expert to the directory *target*, which is free."""
     task = expert.entry.name
     specs = _specs(expert)
+    _files(bundle).bring([expert])
 
     def read(name: str) -> Iterator[bytes]:
         numel = specs[name].numel
@@ -213,9 +218,9 @@ def _write(bundle: Bundle, expert: Task, target: Path, max_shard_nbytes: int, me
 
     with files.staged_directory(target) as staged, files.writing(Path(os.path.realpath(target))):
         weights = checkpoint_writer.write_checkpoint(staged, specs, read, max_shard_nbytes=max_shard_nbytes)
-        carried = [file for file in expert.table.files if _may_be_carried(bundle.path, file)]
-        for file in carried:
-            _copy_companion(bundle.path, task, file, staged)
+        carried = _companions(bundle, expert)
+        for file, source in carried.items():
+            _copy_companion(file, source, staged)
     meter.end_phase()
     return Exported(
         task=task,
@@ -227,31 +232,28 @@ def _write(bundle: Bundle, expert: Task, target: Path, max_shard_nbytes: int, me
     )
 
 
-def _may_be_carried(root: Path, file: CompanionFile) -> bool:
-    """Whether a companion file is plain data: a bundle from elsewhere brings no code, no pickles, no other weights."""
-    if not is_companion(file.name):
-        warn(f"left out the companion file {file.name!r}: it is none of {', '.join(sorted(SUFFIXES))}")
-        return False
-    if is_pickle(root / layout.companion_path(file.sha256)):
-        warn(f"left out the companion file {file.name!r}: it is a pickle or an archive by its content")
-        return False
-    return True
+def _companions(bundle: Bundle, expert: Task) -> dict[CompanionFile, Path]:
+    """The companion files that are plain data: a bundle from elsewhere brings no code, no pickles, no other weights."""
+    carried = {}
+    for file in expert.table.files:
+        if not is_companion(file.name):
+            warn(f"left out the companion file {file.name!r}: it is none of {', '.join(sorted(SUFFIXES))}")
+            continue
+        source = _files(bundle).companion(expert, file)
+        if is_pickle(source):
+            warn(f"left out the companion file {file.name!r}: it is a pickle or an archive by its content")
+        else:
+            carried[file] = source
+    return carried
 
 
-def _copy_companion(root: Path, task: str, file: CompanionFile, staged: Path) -> None:
+def _copy_companion(file: CompanionFile, source: Path, staged: Path) -> None:
     """Copy one companion file to its name; its bytes are checked against its sha256."""
-    path = layout.companion_path(file.sha256)
-    try:
-        source = layout.resolve(root, path)
-    except FileNotFoundError:
-        raise NotFetchedError(
-            f"{root}: the file {file.name!r} of task {task!r} was not fetched ({path} is not here);"
-            f" copy it from where the bundle came from"
-        ) from None
     destination = staged / file.name
     destination.parent.mkdir(parents=True, exist_ok=True)
     written = files.write_file(destination, source)
     if (written.size, written.sha256) != (file.size, file.sha256):
+        path = layout.companion_path(file.sha256)
         raise IntegrityError("FILE-2", path, "changed since it was written; fetch the file again")
 
 

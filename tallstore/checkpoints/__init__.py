@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from tallstore.checkpoints.checkpoint import Checkpoint, HubRef
-from tallstore.checkpoints.source import CheckpointSource, open_checkpoint
+from tallstore.checkpoints.source import CheckpointSource, open_checkpoint, open_hub_checkpoint
 
-__all__ = ["Checkpoint", "CheckpointSource", "HubRef", "open_checkpoint"]
+__all__ = ["Checkpoint", "CheckpointSource", "HubRef", "open_checkpoint", "open_hub_checkpoint"]

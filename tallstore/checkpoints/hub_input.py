@@ -2,47 +2,47 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from tallstore.checkpoints.checkpoint import HubRef
 from tallstore.checkpoints.companion_names import DOWNLOAD_PATTERNS
 from tallstore.checkpoints.directory import STANDARD_FILES, shard_names
 from tallstore.checkpoints.refusals import refuse_by_config
 from tallstore.errors import CheckpointNotFoundError, InputError
+from tallstore.hub.bars import bar_class
 from tallstore.hub.refusals import Reason, refusal_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_HUB_ID: Final = re.compile(r"(?P<repo_id>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w./-]+))?")
+    from tallstore.hub.repository import Access
 
 
-def match_hub_id(text: str) -> re.Match[str] | None:
-    """Match ``org/name`` or ``org/name@revision``, in groups `repo_id` and `revision`; says nothing of existence."""
-    return _HUB_ID.fullmatch(text)
-
-
-def download(repo_id: str, revision: str | None, token: str | None) -> tuple[Path, HubRef]:
+def download(repo_id: str, revision: str | None, access: Access) -> tuple[Path, HubRef]:
     """Download the weights of a model and what lies beside them into the Hub's cache; what is there is not sent again.
 
     Safetensors are preferred: pickles are downloaded only where there is no standard safetensors file.
+
+    Args:
+        repo_id: ``"org/name"``.
+        revision: a branch, a tag or a commit.
+        access: how the Hub is reached.
 
     Returns:
         The directory, and the commit that *revision* (by default ``main``) stands for.
 
     Raises:
-        CheckpointNotFoundError: no such repository or revision, or none that *token* may see.
+        CheckpointNotFoundError: no such repository or revision, or none that the token may see.
         AdapterCheckpointError, QuantizedCheckpointError: its configuration says so; weights are not downloaded.
         InputError: the Hub cannot be reached and the cache has not everything, or access is refused.
     """
     where = f"{repo_id}@{revision}" if revision else repo_id
-    directory = _snapshot(where, repo_id, revision, token, DOWNLOAD_PATTERNS)
+    directory = _snapshot(where, repo_id, revision, access, DOWNLOAD_PATTERNS)
     refuse_by_config(where, directory)
     ref = HubRef(repo_id, directory.name)  # the cache keeps a snapshot in a directory of its commit's name
-    names = _weight_names(where, directory, _file_names(ref, token, directory))
-    _snapshot(where, repo_id, ref.revision, token, names)
+    names = _weight_names(where, directory, _file_names(ref, access, directory))
+    _snapshot(where, repo_id, ref.revision, access, names)
     return directory, ref
 
 
@@ -63,27 +63,29 @@ def _weight_names(where: str, directory: Path, available: frozenset[str]) -> lis
     return names
 
 
-def _file_names(ref: HubRef, token: str | None, directory: Path) -> frozenset[str]:
+def _file_names(ref: HubRef, access: Access, directory: Path) -> frozenset[str]:
     import huggingface_hub  # noqa: PLC0415 - takes long to import, and few inputs are on the Hub
 
-    try:
-        return frozenset(huggingface_hub.list_repo_files(ref.repo_id, revision=ref.revision, token=token))
-    except Exception:  # noqa: BLE001 - offline, of whatever kind: what was downloaded before may be all that is needed
-        return frozenset(path.name for path in directory.glob("*"))
+    if not access.is_offline:
+        try:
+            return frozenset(huggingface_hub.list_repo_files(ref.repo_id, revision=ref.revision, token=access.token))
+        except Exception:  # noqa: BLE001, S110 - what was downloaded before may be all that is needed
+            pass
+    return frozenset(path.name for path in directory.glob("*"))
 
 
-def _snapshot(where: str, repo_id: str, revision: str | None, token: str | None, patterns: Sequence[str]) -> Path:
+def _snapshot(where: str, repo_id: str, revision: str | None, access: Access, patterns: Sequence[str]) -> Path:
     import huggingface_hub  # noqa: PLC0415
-    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined] # noqa: PLC0415
-
-    class TerminalBar(tqdm):
-        def __init__(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 - whatever tqdm takes
-            options.setdefault("disable", None)  # tqdm: show nothing where the output is not a terminal
-            super().__init__(*args, **options)  # type: ignore[no-untyped-call]
 
     try:
         path = huggingface_hub.snapshot_download(
-            repo_id, revision=revision, token=token, allow_patterns=list(patterns), tqdm_class=TerminalBar
+            repo_id,
+            revision=revision,
+            token=access.token,
+            cache_dir=access.cache_dir,
+            local_files_only=access.local_files_only,
+            allow_patterns=list(patterns),
+            tqdm_class=bar_class(),
         )
     # Its messages have several lines, and those of the HTTP client below it may quote the request's headers, where the
     # token is: none is passed on.

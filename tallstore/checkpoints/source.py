@@ -12,12 +12,14 @@ import torch
 
 from tallstore.checkpoints.checkpoint import Checkpoint, Origin
 from tallstore.checkpoints.directory import Weights, find_weights, place_tensors
-from tallstore.checkpoints.hub_input import download, match_hub_id
+from tallstore.checkpoints.hub_input import download
 from tallstore.checkpoints.refusals import refuse_adapter_file, refuse_by_config
 from tallstore.checkpoints.safetensors_file import SafetensorsCheckpoint, read_shard
 from tallstore.checkpoints.state_dict import StateDictCheckpoint, plain_tensors
 from tallstore.checkpoints.torch_file import load_tensors
 from tallstore.errors import CheckpointNotFoundError, InputError
+from tallstore.hub.ids import parse_hub_id
+from tallstore.hub.repository import Access
 
 CheckpointSource: TypeAlias = "str | os.PathLike[str] | Mapping[str, torch.Tensor]"
 """What a checkpoint may be given as."""
@@ -27,14 +29,14 @@ _TORCH_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 _WEIGHT_SUFFIXES: Final = _TORCH_SUFFIXES | {_SAFETENSORS_SUFFIX}
 
 
-def open_checkpoint(source: CheckpointSource, *, token: str | None = None) -> Checkpoint:
+def open_checkpoint(source: CheckpointSource, access: Access | None = None) -> Checkpoint:
     """Open a checkpoint for reading; headers and names are checked now, tensors are read when asked for.
 
     Args:
         source: a .safetensors file; a Hugging Face directory; a .bin, .pt, .pth or .ckpt of plain weights, nested under
             "state_dict" or "model" or not; a state dict; or, where no such path exists, a Hub id
             ``"org/name[@revision]"``.
-        token: for the Hub; by default the one that its login stored.
+        access: how the Hub is reached; by default with the token that its login stored.
 
     Raises:
         CheckpointNotFoundError: there is none.
@@ -52,10 +54,19 @@ def open_checkpoint(source: CheckpointSource, *, token: str | None = None) -> Ch
     # "" would be the current directory.
     if text and _exists(path):
         return _open_path(path)
-    hub_id = match_hub_id(text) if isinstance(source, str) else None
+    hub_id = parse_hub_id(text) if isinstance(source, str) else None
     if hub_id is None or path.suffix.lower() in _WEIGHT_SUFFIXES:
         raise CheckpointNotFoundError(text or "''", "there is no such file or directory")
-    directory, hub = download(hub_id["repo_id"], hub_id["revision"], token)
+    return open_hub_checkpoint(hub_id.repo_id, hub_id.revision, access)
+
+
+def open_hub_checkpoint(repo_id: str, revision: str | None, access: Access | None = None) -> Checkpoint:
+    """Open a model of the Hub, whatever paths there are here; its weights are downloaded, if the cache has them not.
+
+    Raises:
+        InputError: as `open_checkpoint`.
+    """
+    directory, hub = download(repo_id, revision, access or Access())
     where = f"{hub.repo_id}@{hub.revision}"
     return _open_weights(find_weights(where, directory), Origin(where, directory=directory, hub=hub))
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import stat
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +26,7 @@ from tallstore.format import layout
 from tallstore.format.manifest import (
     AliasTensor,
     BaseTable,
+    CompanionFile,
     DroppedTensor,
     FileEntry,
     GroupTable,
@@ -45,14 +44,17 @@ from tallstore.format.payloads import (
     Stored,
     Vectors,
     base_tensors,
+    coded_part,
     gains_of,
     group_vectors,
     row_count,
+    tensor_payloads,
     vector_step_of,
 )
 from tallstore.format.r13 import in_range, row_scales
 from tallstore.format.recent import Recent
 from tallstore.format.shard_reader import LocalFile, PayloadReader, ShardReader, Verify
+from tallstore.format.source import Source
 from tallstore.format.tables import check_base, check_embedded_base, check_group, check_manifest, check_task, refuse
 
 # A process may hold about a thousand files open, a bundle may have more: the ones used last stay open.
@@ -71,6 +73,10 @@ class Owner:
 
     directory: str
     shards: tuple[Shard, ...]
+
+    def path(self, number: int) -> str:
+        """Where a shard is in the bundle."""
+        return f"{self.directory}/{self.shards[number].file}"
 
 
 @dataclass(frozen=True)
@@ -118,18 +124,25 @@ class BundleFiles:
 
     Attributes:
         root: the bundle's directory.
+        where: what messages call the bundle.
         manifest: tallstore.json.
         files: what the manifest lists, by path.
     """
 
-    def __init__(self, root: Path, verify: Verify = "first-read") -> None:
+    def __init__(self, root: Path, verify: Verify = "first-read", source: Source | None = None) -> None:
         """Read and check the manifest, and nothing else.
+
+        Args:
+            root: the bundle's directory, with the manifest in it.
+            verify: when the hash of a chunk is compared.
+            source: brings files that are not there when they are needed.
 
         Raises:
             BundleNotFoundError: there is none.
             FormatError: it breaks a rule.
         """
-        self.root, self._verify = root, verify
+        self.root, self._verify, self._source = root, verify, source
+        self.where = str(root) if source is None else source.where
         self._nbytes_read = _Count()
         try:
             raw = layout.read_bounded(root, layout.MANIFEST, MAX_JSON_NBYTES)
@@ -173,7 +186,7 @@ class BundleFiles:
             UnknownTaskError: there is none.
         """
         if name not in self._entries:
-            raise UnknownTaskError(str(self.root), "task", name, self._entries)
+            raise UnknownTaskError(self.where, "task", name, self._entries)
         return self._entries[name]
 
     def is_fetched(self, name: str) -> bool:
@@ -183,7 +196,7 @@ class BundleFiles:
             UnknownTaskError: there is no such task.
         """
         directory = layout.task_directory(self.entry(name).slug)
-        return all(_is_regular(self.root / path) for path in self._paths[directory])
+        return all(layout.is_here(self.root, path) for path in self._paths[directory])
 
     def group(self, group_id: str) -> Group:
         """A group's table.
@@ -204,6 +217,16 @@ class BundleFiles:
         entry = self.entry(name)
         return self._tasks.get(name, lambda: self._open_task(entry))
 
+    def tables_of(self, names: Iterable[str]) -> list[Task]:
+        """The tables of several tasks, which come together where they have to be brought.
+
+        Raises:
+            TallstoreError: as `task`.
+        """
+        entries = [self.entry(name) for name in names]
+        self._bring(path for entry in entries for path in _table_paths(entry))
+        return [self.task(entry.name) for entry in entries]
+
     def _open_group(self, group_id: str) -> Group:
         table = self._read_table(layout.group_table(group_id), GroupTable)
         entry = next(group for group in self.manifest.groups if group.id == group_id)
@@ -211,6 +234,7 @@ class BundleFiles:
         return Group(layout.group_directory(group_id), table.shards, group_vectors(table))
 
     def _open_task(self, entry: TaskEntry) -> Task:
+        self._bring(_table_paths(entry))
         table = self._read_table(layout.task_table(entry.slug), TaskTable)
         group = self.group(entry.group)
         refuse(check_task(table, entry, self.base, group.vectors, self.files))
@@ -219,6 +243,7 @@ class BundleFiles:
 
     def _read_table(self, path: str, table: type[Table]) -> Table:
         entry = self.files[path]
+        self._bring([path])
         try:
             raw = layout.read_bounded(self.root, path, MAX_JSON_NBYTES)
         except FileNotFoundError:
@@ -231,6 +256,28 @@ class BundleFiles:
 
     # --- shards ---
 
+    @property
+    def brings(self) -> bool:
+        """Whether what is not here comes when it is needed."""
+        return self._source is not None
+
+    def bring(self, tasks: Iterable[Task], names: Iterable[str] | None = None, *, shared: bool = True) -> None:
+        """Have the shards here that are about to be read: they come at the same time, where they have to be brought.
+
+        Nobody must call this: what is read brings itself, one shard after the other.
+
+        Args:
+            tasks: whose shards.
+            names: of the tensors that will be read; all of them by default.
+            shared: whether the vectors are read, too, that the tasks share with others.
+
+        Raises:
+            TallstoreError: as `Source.fetch`.
+        """
+        if self._source is not None:
+            wanted = None if names is None else list(names)
+            self._bring(path for task in tasks for path in _shard_paths(task, wanted, shared=shared))
+
     def payload(self, owner: Owner, stored: Stored) -> PayloadReader:
         """The chunks of a payload of *owner*; opens its shard.
 
@@ -238,8 +285,7 @@ class BundleFiles:
             NotFetchedError: the shard is a task's, and not here.
             FormatError: it is a group's and not here, or header or index break a rule.
         """
-        shard = owner.shards[stored.payload.shard]
-        path = f"{owner.directory}/{shard.file}"
+        shard, path = owner.shards[stored.payload.shard], owner.path(stored.payload.shard)
         reader = self._shards.get(path, lambda: self._open_shard(path, shard))
         return reader.payload(stored.key, stored.payload, stored.encoding, stored.numel, stored.set_count)
 
@@ -288,6 +334,7 @@ class BundleFiles:
         return self.payload(task.group, step).all().view("<f4")[:rows], coded.numel // rows
 
     def _open_shard(self, path: str, shard: Shard) -> ShardReader:
+        self._bring([path])
         try:
             file = LocalFile(layout.resolve(self.root, path), path, self._nbytes_read.add)
         except FileNotFoundError:
@@ -319,6 +366,7 @@ class BundleFiles:
             FormatError: MAN-5, FILE-4, FILE-1 or PATH-2.
         """
         refuse(check_embedded_base(self.manifest))
+        self._bring(self._paths[layout.BASE_DIRECTORY])
         for path in self._paths[layout.BASE_DIRECTORY]:
             try:
                 place = layout.resolve(self.root, path)
@@ -326,6 +374,30 @@ class BundleFiles:
                 raise self._missing(path) from None
             self._check_size(self.files[path], place.stat().st_size)
         return self.root / layout.BASE_DIRECTORY
+
+    def companion(self, task: Task, file: CompanionFile) -> Path:
+        """A companion file of a task, with its size.
+
+        Raises:
+            NotFetchedError: it is not here.
+            FormatError: PATH-2 or FILE-1.
+        """
+        path = layout.companion_path(file.sha256)
+        self._bring(layout.companion_path(each.sha256) for each in task.table.files)
+        try:
+            place = layout.resolve(self.root, path)
+        except FileNotFoundError:
+            raise NotFetchedError(
+                f"{self.where}: the file {file.name!r} of task {task.entry.name!r} was not fetched ({path} is not"
+                " here); copy it from where the bundle came from"
+            ) from None
+        self._check_size(self.files[path], place.stat().st_size)
+        return place
+
+    def _bring(self, paths: Iterable[str]) -> None:
+        """Have files in their places, if there is where to get them."""
+        if self._source is not None:
+            self._source.fetch([self.files[path] for path in dict.fromkeys(paths)])
 
     def _check_size(self, entry: FileEntry, size: int) -> None:
         if size != entry.size:
@@ -336,11 +408,35 @@ class BundleFiles:
         slug = path.split("/")[1] if path.startswith("tasks/") else None
         name = next((task.name for task in self.manifest.tasks if task.slug == slug), None)
         if name is None:
-            return FormatError("FILE-4", path, f"is missing from {self.root}; fetch the bundle again")
+            return FormatError("FILE-4", path, f"is missing from {self.where}; fetch the bundle again")
         return NotFetchedError(
-            f"{self.root}: task {name!r} was not fetched ({path} is not here); "
+            f"{self.where}: task {name!r} was not fetched ({path} is not here); "
             f"copy its files from where the bundle came from"
         )
+
+
+def _table_paths(entry: TaskEntry) -> tuple[str, ...]:
+    """The tables that a task is understood by."""
+    return layout.BASE_TABLE, layout.group_table(entry.group), layout.task_table(entry.slug)
+
+
+def _shard_paths(task: Task, names: Iterable[str] | None, *, shared: bool) -> Iterator[str]:
+    """The shards that tensors of a task are read from, its own and its group's; all tensors by default."""
+    for tensor in map(task.tensor, task.tensors if names is None else names):
+        for stored in tensor_payloads(tensor):
+            yield task.path(stored.payload.shard)
+        for vector in _vectors_of(task, coded_part(tensor)) if shared else ():
+            yield task.group.path(vector.values.shard)
+            if vector.step is not None:
+                yield task.group.path(vector.step.shard)
+
+
+def _vectors_of(task: Task, coded: Coded | None) -> Iterator[Vector]:
+    """The shared vectors that a coded tensor is rebuilt with."""
+    if coded is not None:
+        roles: tuple[Role, ...] = (*coded.roles, "centre")
+        found = (task.group.vectors.get((coded.base_name, role)) for role in roles)
+        yield from (vector for vector in found if vector is not None)
 
 
 def _tensors(table: TaskTable) -> Mapping[str, Whole]:
@@ -362,10 +458,3 @@ class _Count:
     def add(self, number: int) -> None:
         with self._lock:
             self.total += number
-
-
-def _is_regular(path: Path) -> bool:
-    try:
-        return stat.S_ISREG(os.lstat(path).st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return False

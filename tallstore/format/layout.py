@@ -102,6 +102,8 @@ def slugify(name: str, taken: Container[str]) -> str:
 def resolve(root: Path, path: str) -> Path:
     """The file at *path* of the bundle in *root*, which is a regular file and no link.
 
+    In a snapshot of the Hub's cache, files are links into the blobs of its repository: those are followed.
+
     Raises:
         FormatError: PATH-1, *path* is outside the grammar; PATH-2, something on the way or at its end is not a plain
             directory or file.
@@ -114,10 +116,51 @@ def resolve(root: Path, path: str) -> Path:
     for depth, segment in enumerate(segments, start=1):
         place = place / segment
         mode = os.lstat(place).st_mode
-        expected = stat.S_ISREG(mode) if depth == len(segments) else stat.S_ISDIR(mode)
-        if not expected:
+        is_last = depth == len(segments)
+        expected = stat.S_ISREG(mode) if is_last else stat.S_ISDIR(mode)
+        if not expected and not (is_last and stat.S_ISLNK(mode) and _leads_to_blob(root, path)):
             raise FormatError("PATH-2", path, f"{segment!r} is a {_file_kind(mode)}, not a plain file or directory")
     return place
+
+
+def is_here(root: Path | str, path: str) -> bool:
+    """Whether there is a file at *path*, which is of the grammar; what is on the way to it is not looked at."""
+    place = f"{root}/{path}"  # joining hundreds of names takes pathlib longer than looking them up
+    try:
+        mode = os.lstat(place).st_mode
+        return stat.S_ISREG(mode) or (stat.S_ISLNK(mode) and _leads_to_blob(Path(root), path))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def _leads_to_blob(root: Path, path: str) -> bool:
+    """Whether the link at *path* is one that the Hub's client makes in a snapshot.
+
+    It leads to a file in ``blobs`` of the same repository, or on from there into the blobs that all repositories share:
+    ``<cache>/<repository>/snapshots/<commit>/<path>`` to ``<cache>/<repository>/blobs/<name>`` to
+    ``<cache>/blobs/<xx>/<name>``.
+
+    Raises:
+        FileNotFoundError: it leads nowhere.
+    """
+    snapshot = root.resolve()
+    if snapshot.parent.name != "snapshots":
+        return False
+    repository = snapshot.parent.parent
+    blob = _target(snapshot / path)
+    if blob.parent != repository / "blobs":
+        return False
+    mode = os.lstat(blob).st_mode
+    if not stat.S_ISLNK(mode):
+        return stat.S_ISREG(mode)
+    shared = _target(blob)
+    return shared.parent.parent == repository.parent / "blobs" and stat.S_ISREG(os.lstat(shared).st_mode)
+
+
+def _target(link: Path) -> Path:
+    """Where a link leads in one step, in a directory without links."""
+    target = Path(os.path.normpath(link.parent / link.readlink()))
+    return target.parent.resolve() / target.name
 
 
 def read_bounded(root: Path, path: str, limit: int, *, rule: str = "JSON-4") -> bytes:

@@ -55,7 +55,14 @@ def _reason(error: Exception) -> Reason:
         return "stale parent"
     if status is not None:
         return "busy"
-    return "unreachable" if isinstance(error, errors.LocalEntryNotFoundError) else "other"
+    lost = isinstance(error, errors.LocalEntryNotFoundError) or is_transport_error(error)
+    return "unreachable" if lost else "other"
+
+
+def is_transport_error(error: Exception) -> bool:
+    """Whether the connection is to blame, below the client, whichever library of HTTP it has; not what was asked."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return "TransportError" in names and not names & {"LocalProtocolError", "UnsupportedProtocol"}
 
 
 def _status(error: BaseException | None) -> int | None:

@@ -236,7 +236,8 @@ def measure_masks(
 ) -> Statistics:
     """Count what masks have in common; see `Bundle.statistics`."""
     chosen, not_fetched = _choose(files, tasks)
-    opened = [files.task(name) for name in chosen]
+    opened = files.tables_of(chosen)
+    files.bring(opened, shared=False)
     counted, left_out = [], []
     for lineage in lineages(files.base, opened):
         if lineage.has_weights:
@@ -268,7 +269,8 @@ def _choose(files: BundleFiles, tasks: Sequence[str] | None) -> tuple[tuple[str,
     names = [task.name for task in files.manifest.tasks]
     here = tuple(name for name in names if files.is_fetched(name))
     if not here:
-        raise NotFetchedError(f"{files.root}: no task's files are here; copy some from where the bundle came from")
+        advice = "name the tasks" if files.brings else "copy some from where the bundle came from"
+        raise NotFetchedError(f"{files.where}: no task's files are here; {advice}")
     return here, tuple(name for name in names if name not in here)
 
 

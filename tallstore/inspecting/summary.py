@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import stat
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -240,7 +238,7 @@ def presence(path: Path) -> Presence:
         FormatError: its manifest breaks a rule.
     """
     tables = Tables(path)
-    here = [file.size for file in tables.manifest.files if _is_regular(path / file.path)]
+    here = [file.size for file in tables.manifest.files if layout.is_here(path, file.path)]
     return Presence(
         files=1 + len(here),
         nbytes=tables.manifest_nbytes + sum(here),
@@ -303,15 +301,7 @@ class Tables:
     def is_fetched(self, task: TaskEntry) -> bool:
         """Whether all files of a task are here."""
         directory = layout.task_directory(task.slug)
-        folder = str(self._root / directory)  # joining hundreds of names takes pathlib longer than looking them up
-        return all(_is_regular(f"{folder}/{name}") for name in self._sizes.get(directory, ()))
-
-
-def _is_regular(path: Path | str) -> bool:
-    try:
-        return stat.S_ISREG(os.lstat(path).st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+        return all(layout.is_here(self._root, f"{directory}/{name}") for name in self._sizes.get(directory, ()))
 
 
 def _summarise_base(tables: Tables) -> BaseSummary:

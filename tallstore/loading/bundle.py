@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, get_args
 import torch
 from torch import Tensor, nn
 
-from tallstore.checkpoints import Checkpoint, CheckpointSource, open_checkpoint
-from tallstore.errors import BaseMissingError, OptionError
+from tallstore.checkpoints import Checkpoint, CheckpointSource, open_checkpoint, open_hub_checkpoint
+from tallstore.errors import BaseMissingError, InputError, OptionError
 from tallstore.format.bundle_files import BundleFiles
 from tallstore.format.manifest import Manifest
 from tallstore.format.shard_reader import Verify
+from tallstore.hub.ids import shown
+from tallstore.hub.opening import open_files
+from tallstore.hub.repository import Access
 from tallstore.inspecting.statistics import Statistics, measure_masks
 from tallstore.loading import representation
 from tallstore.loading.consensus import consensus
@@ -36,25 +39,45 @@ if TYPE_CHECKING:
 
 
 def open_bundle(
-    path: str | os.PathLike[str], *, base: CheckpointSource | None = None, verify: Verify = "first-read"
+    path_or_repo_id: str | os.PathLike[str],
+    *,
+    base: CheckpointSource | None = None,
+    revision: str | None = None,
+    token: bool | str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+    verify: Verify = "first-read",
 ) -> Bundle:
     """Open a bundle. Reads its manifest, and nothing else.
 
+    A bundle on the Hub is pinned to one commit now, and its files come into the Hub's cache when they are needed: the
+    tables of a task, its masks, the vectors that it shares with others, the base; never those of other tasks. Each is
+    checked as it comes in, and what the cache has is not sent again.
+
     Args:
-        path: the bundle's directory.
+        path_or_repo_id: the bundle's directory; or, where no such path exists, its id on the Hub,
+            ``"org/name[@revision]"``.
         base: the base that the bundle was packed from, as a path, a state dict or a Hub id, where the bundle neither
             embeds it nor names it, or a copy of it is nearer. Its tensors must be the very ones: they are compared with
             the hashes in the bundle.
+        revision: a branch, a tag or a commit of the repository; by default ``main``.
+        token: for the Hub; by default the one that its login stored.
+        cache_dir: where the Hub's cache is, if not in its usual place.
+        local_files_only: ask nothing of the Hub. What the cache does not have is an error when it is needed.
+        force_download: download what is needed again, whatever the cache has.
         verify: when the hash of a chunk is compared: on its first read in this bundle, never, or on every read.
 
     Raises:
-        BundleNotFoundError: there is no bundle at *path*.
+        BundleNotFoundError: there is no bundle at that path, or of that id.
         FormatError: its manifest breaks a rule of the specification.
-        OptionError: *verify* is none of the three.
+        HubError: the Hub refuses, or cannot be reached and the cache has nothing.
+        OptionError: *verify* is none of the three, or *revision* contradicts the id.
     """
     if verify not in get_args(Verify):
         raise OptionError(f"verify is {verify!r}; give one of {', '.join(map(repr, get_args(Verify)))}")
-    return Bundle(BundleFiles(Path(path), verify), base, verify)
+    access = Access(token, cache_dir, local_files_only, force_download)
+    return Bundle(open_files(path_or_repo_id, access, revision, verify), base, verify, access)
 
 
 class Bundle:
@@ -63,12 +86,14 @@ class Bundle:
     It keeps no weights: every call rebuilds what it returns. Several threads may use it.
 
     Attributes:
-        path: the bundle's directory.
+        path: the bundle's directory; of one on the Hub, its snapshot in the cache.
     """
 
-    def __init__(self, files: BundleFiles, base: CheckpointSource | None, verify: Verify) -> None:
+    def __init__(
+        self, files: BundleFiles, base: CheckpointSource | None, verify: Verify, access: Access | None = None
+    ) -> None:
         self.path = files.root
-        self._files, self._base_source, self._verify = files, base, verify
+        self._files, self._base_source, self._verify, self._access = files, base, verify, access
         self._base: PinnedBase | None = None
         self._lock = threading.Lock()
 
@@ -89,6 +114,8 @@ class Bundle:
 
     def is_fetched(self, task: str) -> bool:
         """Whether the task's files are here; a partial bundle lists tasks whose files are elsewhere.
+
+        Of a bundle on the Hub: whether the cache has them.
 
         Raises:
             UnknownTaskError: *task* is not in the bundle.
@@ -144,6 +171,7 @@ class Bundle:
         """
         place, cast = _device(device), _dtype(dtype)
         expert = self._on(place, task)
+        self._files.bring([self._files.task(task)])
         return ((name, expert.tensor(name, cast)) for name in self._expert(task).names)
 
     def state_dict(
@@ -301,7 +329,7 @@ class Bundle:
         if isinstance(tasks, str):
             raise OptionError(f"tasks is {tasks!r}; give a list of names")
         chosen = self.tasks if tasks is None else tuple(dict.fromkeys(tasks))
-        return Merging(self._files, self._pinned(), [self._files.task(task) for task in chosen])
+        return Merging(self._files, self._pinned(), self._files.tables_of(chosen))
 
     def close(self) -> None:
         """Let go of open files; a later call opens them again."""
@@ -355,14 +383,20 @@ class Bundle:
 
     def _open_base(self) -> Checkpoint:
         if self._base_source is not None:
-            return open_checkpoint(self._base_source)
+            return open_checkpoint(self._base_source, self._access)
         pin = self.manifest.base
         if pin.embedded:
             return open_checkpoint(self._files.embedded_base())
         if pin.repo_id is not None:
-            return open_checkpoint(pin.repo_id if pin.revision is None else f"{pin.repo_id}@{pin.revision}")
+            try:
+                return open_hub_checkpoint(pin.repo_id, pin.revision, self._access)
+            except InputError as error:
+                raise BaseMissingError(
+                    f"{self._files.where}: its base cannot be had from {shown(pin.repo_id, pin.revision)}, which the"
+                    f" bundle names ({error.problem}); give a copy of it: open_bundle(…, base=…)"
+                ) from None
         raise BaseMissingError(
-            f"{self.path}: the bundle neither embeds its base nor says where it is; "
+            f"{self._files.where}: the bundle neither embeds its base nor says where it is; "
             "give it: open_bundle(path, base=…) takes a path, a state dict or a Hub id"
         )
 

@@ -43,7 +43,7 @@ class DeviceExpert:
             device: where tensors are wanted.
             decode: for that device; None to rebuild on the CPU.
         """
-        self._expert, self._opener = expert, Opener(expert.task, files, base)
+        self._expert, self._files, self._opener = expert, files, Opener(expert.task, files, base)
         self._device, self._decode = device, decode
         self._ring: Staging | None = None
 
@@ -69,6 +69,8 @@ class DeviceExpert:
             TallstoreError: as `Expert.read`.
         """
         whole: dict[str, Tensor] = {}
+        names = list(names)
+        self._files.bring([self._expert.task], names)
 
         def destinations() -> Iterator[tuple[str, Tensor]]:
             for name in names:
@@ -87,6 +89,7 @@ class DeviceExpert:
         Raises:
             TallstoreError: as `Expert.read`. Any part of *destinations* may have been written then.
         """
+        self._files.bring([self._expert.task], destinations)
         self._write(destinations.items())
         for destination in destinations.values():
             if not destination.is_inference():

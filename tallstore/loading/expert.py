@@ -70,6 +70,7 @@ class Expert:
         """
         whole: dict[str, Tensor] = {}
         names = list(names)
+        self._files.bring([self.task], names)
 
         def wanted(name: str) -> Wanted:
             spec = self.spec(name)
@@ -90,6 +91,7 @@ class Expert:
         Raises:
             TallstoreError: as `read`. Any part of *destinations* may have been written then.
         """
+        self._files.bring([self.task], destinations)
         parallel.run(
             _grouped(
                 piece

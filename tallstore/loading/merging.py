@@ -67,7 +67,7 @@ class Merging:
             NotFetchedError: the files of one are not here.
         """
         group = self.tasks[0].entry.group
-        return tuple(self.files.task(entry.name) for entry in self.files.manifest.tasks if entry.group == group)
+        return tuple(self.files.tables_of(entry.name for entry in self.files.manifest.tasks if entry.group == group))
 
     def lineages(self, tasks: Sequence[Task]) -> list[Lineage]:
         """What *tasks* of the group made of each tensor of the base.
@@ -75,6 +75,7 @@ class Merging:
         Raises:
             OptionError: one ties tensors that others of the group have apart: they share no vector.
         """
+        self.files.bring(tasks)
         found = lineages(self.files.base, tasks, {name for name, _ in self.group.vectors})
         tied = defaultdict[str, list[Lineage]](list)
         for lineage in found:

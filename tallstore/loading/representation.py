@@ -26,7 +26,7 @@ def in_a_line(bundle: BundleFiles) -> str:
     """Path, the first tasks, size. Reads nothing."""
     names = [task.name for task in bundle.manifest.tasks[:_NAMES_IN_A_LINE]]
     more = ", …" if len(bundle.manifest.tasks) > len(names) else ""
-    return f"<Bundle {str(bundle.root)!r}: {_count(bundle)} ({', '.join(names)}{more}), {readable(_nbytes(bundle))}>"
+    return f"<Bundle {bundle.where!r}: {_count(bundle)} ({', '.join(names)}{more}), {readable(_nbytes(bundle))}>"
 
 
 def in_lines(bundle: BundleFiles) -> str:
@@ -68,7 +68,7 @@ def _facts(bundle: BundleFiles, sizes: Mapping[str, int]) -> list[str]:
         parts.append(f"{readable(base)} of the base")
     methods = dict.fromkeys(group.method.name for group in manifest.groups)
     return [
-        f"bundle {bundle.root}: {_count(bundle)}, {readable(_nbytes(bundle))} ({', '.join(parts)})",
+        f"bundle {bundle.where}: {_count(bundle)}, {readable(_nbytes(bundle))} ({', '.join(parts)})",
         f"{', '.join(methods) or 'no group'}; base {_base(bundle)}; format {manifest.format_version}",
     ]
 

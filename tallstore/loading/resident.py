@@ -117,7 +117,8 @@ class ResidentFiles(BundleFiles):
         Raises:
             TallstoreError: as `payload`, `PayloadReader.chunk` and `scales`.
         """
-        name = task.entry.name
+        name, names = task.entry.name, list(names)
+        self.bring([task], names)
         with self.keep(name):
             with self._residency:
                 _, own = self._resident_tasks.setdefault(name, (task, _Resident()))

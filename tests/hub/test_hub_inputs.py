@@ -26,10 +26,11 @@ OPEN_EACH = """
 import json, sys, traceback
 from tallstore.checkpoints import open_checkpoint
 from tallstore.errors import InputError
+from tallstore.hub.repository import Access
 
 for source, token in json.load(sys.stdin):
     try:
-        with open_checkpoint(source, token=token) as checkpoint:
+        with open_checkpoint(source, Access(token)) as checkpoint:
             outcome = {
                 "where": checkpoint.where,
                 "hub": [checkpoint.hub.repo_id, checkpoint.hub.revision],

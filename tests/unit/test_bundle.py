@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 import tallstore
+from tallstore.checkpoints import open_checkpoint
 from tallstore.format import bundle_files, layout
 from tallstore.format.dtypes import CHUNK_NUMEL
 from tallstore.format.safetensors_header import parse_header
@@ -385,14 +386,13 @@ def test_a_pinned_base_is_opened_by_its_commit(tmp_path, monkeypatch):
     built = build(tmp_path / "bundle", embed=False, repo_id="org/name")
     asked = []
 
-    def open_checkpoint(source):
-        asked.append(source)
-        return original(built.base)
+    def open_hub_checkpoint(repo_id, revision, access):
+        asked.append((repo_id, revision))
+        return open_checkpoint(built.base)
 
-    original = bundle_module.open_checkpoint
-    monkeypatch.setattr(bundle_module, "open_checkpoint", open_checkpoint)
+    monkeypatch.setattr(bundle_module, "open_hub_checkpoint", open_hub_checkpoint)
     assert_same(tallstore.open_bundle(built.seal()).state_dict("Every thing"), expect(built))
-    assert asked == ["org/name"]
+    assert asked == [("org/name", None)]
 
 
 @pytest.mark.parametrize(

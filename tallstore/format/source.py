@@ -1,0 +1,29 @@
+"""Where the files of a bundle come from that are not in its directory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from tallstore.format.manifest import FileEntry
+
+
+class Source(Protocol):
+    """Brings files of one bundle; several threads may ask.
+
+    Attributes:
+        where: what messages call the bundle.
+    """
+
+    where: str
+
+    def fetch(self, entries: Sequence[FileEntry]) -> None:
+        """Have *entries* of the manifest in their places; those that are there, and right, are not brought again.
+
+        What is about to be needed together should be asked for together: it comes at the same time.
+
+        Raises:
+            NotFetchedError: one is not here, and nothing may be brought.
+            IntegrityError: what came is not what the manifest says; it was removed again.
+            TallstoreError: anything else that keeps one from coming.
+        """

@@ -1,0 +1,1 @@
+"""Verifying a bundle on the Hub, whose files stay there: what the Hub says of each, against the manifest."""

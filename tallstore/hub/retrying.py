@@ -1,0 +1,54 @@
+"""Trying again what may go well the next time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+from tallstore.hub.refusals import is_transport_error
+
+Result = TypeVar("Result")
+
+_WAITS: Final = (0.5, 1.0, 2.0, 4.0)  # seconds
+_LONGEST_WAIT: Final = 30.0  # whatever the Hub asks for
+_PASSING: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+
+def patiently(action: Callable[[], Result]) -> Result:
+    """Do *action*; where the Hub is busy, or a connection breaks, wait and do it again, four times at most.
+
+    The client tries some requests again itself, and raises another error when it gives them up: those are not tried
+    again here.
+
+    Raises:
+        Exception: the last one that *action* raised.
+    """
+    for wait in _WAITS:
+        try:
+            return action()
+        except Exception as error:
+            if not is_passing(error):
+                raise
+            asked_for = _retry_after(error)
+        time.sleep(wait if asked_for is None else min(asked_for, _LONGEST_WAIT))
+    return action()
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether what failed may go well the next time."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        return response.status_code in _PASSING
+    # A body that ended early is an OSError without a number to the client, and what Xet lost a RuntimeError.
+    is_short = type(error) is OSError and error.errno is None
+    return is_short or type(error) is RuntimeError or is_transport_error(error)
+
+
+def _retry_after(error: Exception) -> float | None:
+    """The seconds that the Hub asks to wait, where it does."""
+    response = getattr(error, "response", None)
+    try:
+        return None if response is None else max(0.0, float(response.headers.get("Retry-After")))
+    except (TypeError, ValueError):
+        return None
