@@ -50,13 +50,15 @@ if TYPE_CHECKING:
         WorkerError,
     )
     from tallstore.fit import Auto, Emr, LeastSquares, Localize, Sign, SignedMask, TallMask, Uniform
+    from tallstore.hub.checking import verify
+    from tallstore.hub.pulling import pull
     from tallstore.inspecting.statistics import Statistics
     from tallstore.loading.bundle import Bundle, open_bundle
     from tallstore.loading.model_weights import LoadResult
     from tallstore.loading.switching import Switcher
     from tallstore.packing import Comparison, PackReport, compare, pack
     from tallstore.tuning import Calibration, train_masks
-    from tallstore.verifying import Problem, verify
+    from tallstore.verifying import Problem
 
 __version__ = "0.1.0"
 
@@ -113,6 +115,7 @@ __all__ = [
     "compare",
     "open_bundle",
     "pack",
+    "pull",
     "train_masks",
     "verify",
 ]
@@ -122,6 +125,7 @@ __all__ = [
 _HOMES: Final = {
     "Bundle": "tallstore.loading.bundle",
     "open_bundle": "tallstore.loading.bundle",
+    "pull": "tallstore.hub.pulling",
     "LoadResult": "tallstore.loading.model_weights",
     "Switcher": "tallstore.loading.switching",
     "Statistics": "tallstore.inspecting.statistics",
@@ -135,7 +139,7 @@ _HOMES: Final = {
     "Calibration": "tallstore.tuning",
     "train_masks": "tallstore.tuning",
     "Problem": "tallstore.verifying",
-    "verify": "tallstore.verifying",
+    "verify": "tallstore.hub.checking",
 }
 
 

@@ -134,14 +134,10 @@ def staged_directory(target: Path) -> Iterator[Path]:
     target = Path(os.path.realpath(target))
     parent = target.parent
     staging = _staging(target)
-    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    made = _absent(parent)
     lock = None
     try:
-        try:
-            parent.mkdir(parents=True, exist_ok=True)
-            lock = _lock(staging, target)
-        except OSError as error:
-            raise OutputError(f"{target}: cannot write beside it ({error.strerror}); choose another place") from None
+        lock = _hold(staging, target)
         with writing(target):
             _take_back(target)
             _clear(staging)
@@ -155,13 +151,62 @@ def staged_directory(target: Path) -> Iterator[Path]:
             sync_directory(parent)
     except BaseException:
         _remove(staging, lock)
-        with contextlib.suppress(OSError):  # not empty: something else is there by now
-            for folder in made:
-                folder.rmdir()
+        _remove_empty(made)
         raise
     finally:
         if lock is not None:
             os.close(lock)
+
+
+@contextlib.contextmanager
+def gathered_files(target: Path) -> Iterator[Path]:
+    """A directory beside *target* for files that will be moved into it, gathered over several runs, if need be.
+
+    It is removed when the block ends without an error. On an error, and on Ctrl-C, it stays as it is for the next run,
+    if there is anything in it but hidden files. Whoever replaces *target* as a whole removes it.
+
+    Raises:
+        OutputBusyError: another process is writing to *target*.
+        OutputError: the directory cannot be made.
+    """
+    target = Path(os.path.realpath(target))
+    staging = _staging(target)
+    made = _absent(target.parent)
+    lock, is_ours = None, False
+    try:
+        lock, is_ours = _hold(staging, target), True
+        with writing(target):
+            (staging / _HOLDER).write_text(str(os.getpid()))
+        yield staging
+        _remove(staging, lock)
+    except BaseException:
+        if is_ours and all(entry.name.startswith(".") for entry in staging.iterdir()):
+            _remove(staging, lock)
+        _remove_empty(made)
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _absent(directory: Path) -> list[Path]:
+    """Which of a directory and those above it are not there, the innermost first."""
+    return [folder for folder in (directory, *directory.parents) if not folder.exists()]
+
+
+def _remove_empty(made: Iterable[Path]) -> None:
+    with contextlib.suppress(OSError):  # not empty: something else is there by now
+        for folder in made:
+            folder.rmdir()
+
+
+def _hold(staging: Path, target: Path) -> int | None:
+    """As `_lock`; what the system refuses becomes an error of *target*."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return _lock(staging, target)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot write beside it ({error.strerror}); choose another place") from None
 
 
 def _lock(staging: Path, target: Path) -> int | None:

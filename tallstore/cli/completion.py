@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 from tallstore.errors import TallstoreError
@@ -17,14 +16,17 @@ def task_names(ctx: Any, incomplete: str) -> list[str]:  # noqa: ANN401 - each v
 
     Reads the manifest. Whatever is wrong with it, there is nothing to complete: a shell is no place for errors.
     """
-    from tallstore.inspecting.summary import Tables  # noqa: PLC0415 - most completions need none
+    from tallstore.hub.repository import Access  # noqa: PLC0415 - most completions need none
+    from tallstore.hub.snapshot import find  # noqa: PLC0415
+    from tallstore.inspecting.summary import Tables  # noqa: PLC0415
 
     # Behind an option that waits for its value, arguments are not parsed yet.
     bundle = ctx.params.get("bundle") or next(iter(ctx.args), None)
     if bundle is None:
         return []
     try:
-        tasks = Tables(Path(bundle)).manifest.tasks
+        root, _ = find(bundle, Access(local_files_only=True))  # a key that was pressed is no reason to ask the Hub
+        tasks = Tables(root).manifest.tasks
     except (TallstoreError, OSError):
         return []
     return [_as_typed(task.name, incomplete) for task in tasks if task.name.startswith(incomplete)]

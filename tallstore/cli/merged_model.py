@@ -19,7 +19,7 @@ MergedOutput = Annotated[
 
 
 def write_merged(
-    bundle: Path,
+    bundle: str,
     merge: Callable[[tallstore.Bundle], Mapping[str, Tensor]],
     out: Path,
     *,
@@ -31,7 +31,7 @@ def write_merged(
     """Merge what *merge* takes of the bundle, write it to *out*, and print how it went.
 
     Args:
-        bundle: its directory.
+        bundle: its directory, or its id on the Hub.
         merge: makes the state dict.
         out: the model's directory.
         name: of the model, in what is printed.

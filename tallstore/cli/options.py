@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tallstore.cli.completion import task_names
 
-BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's directory.", show_default=False)]
+BundleArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="BUNDLE",
+        help="The bundle's directory; or, where no such path exists, its id on the Hub: org/name[@revision].",
+        show_default=False,
+    ),
+]
 BaseOption = Annotated[
     str | None,
     typer.Option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Final, NamedTuple
 
@@ -29,6 +30,12 @@ def parse_hub_id(text: str) -> HubId | None:
     """What ``org/name`` or ``org/name@revision`` names; None where *text* is neither."""
     found = match_hub_id(text)
     return None if found is None else HubId(found["repo_id"], found["revision"])
+
+
+def on_hub(source: str | os.PathLike[str]) -> HubId | None:
+    """The id of a bundle on the Hub; None for a path: what is there always comes first."""
+    hub_id = parse_hub_id(source) if isinstance(source, str) else None
+    return None if hub_id is None or os.path.lexists(source) else hub_id
 
 
 def is_sha(revision: str) -> bool:

@@ -1,1 +1,219 @@
 """`pull`: tasks of a bundle on the Hub, into the Hub's cache or into a directory of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+
+from tallstore import files
+from tallstore.errors import BundleNotFoundError, FormatError, OptionError, OutputError, OutputExistsError
+from tallstore.format import layout
+from tallstore.format.bundle_files import BundleFiles
+from tallstore.format.manifest import FileEntry, Manifest
+from tallstore.hub import transfer
+from tallstore.hub.ids import parse_hub_id
+from tallstore.hub.repository import Access
+from tallstore.hub.snapshot import Snapshot, open_snapshot
+from tallstore.meter import Progress
+
+
+def pull(
+    repo_id: str,
+    *,
+    tasks: Sequence[str] | None = None,
+    revision: str | None = None,
+    local_dir: str | os.PathLike[str] | None = None,
+    cache_dir: str | Path | None = None,
+    token: bool | str | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+    max_workers: int = transfer.MAX_WORKERS,
+    progress: Progress | None = None,
+) -> Path:
+    """Download a bundle from the Hub, or some tasks of it: a bundle that works without the Hub, and can be added to.
+
+    What is there is kept where its size and sha256 are right, and everything that arrives is checked. A base that the
+    bundle names, and does not embed, stays where it is: it is fetched when the bundle needs it.
+
+    Args:
+        repo_id: ``"org/name[@revision]"``.
+        tasks: their names; all of them by default.
+        revision: a branch, a tag or a commit; by default ``main``.
+        local_dir: the directory to write, which holds no links. If an earlier pull wrote it, tasks are added, and where
+            the bundle has changed, those that are there are brought up to date. The manifest is written last, when
+            everything else is in its place; what was downloaded by a pull that failed is kept beside it, hidden, for
+            the next one. None leaves the files in the Hub's cache.
+        cache_dir: where the Hub's cache is, if not in its usual place.
+        token: for the Hub; by default the one that its login stored.
+        local_files_only: ask nothing of the Hub; take everything from its cache.
+        force_download: download again, whatever is there.
+        max_workers: how many files at a time.
+        progress: called with bytes that arrived, and in all, from several threads, one at a time.
+
+    Returns:
+        the bundle's directory: *local_dir*, or the snapshot in the cache.
+
+    Raises:
+        BundleNotFoundError: there is no such bundle, or *repo_id* is no id.
+        UnknownTaskError: it has no such task.
+        IntegrityError: the Hub's file, or what arrived, is not what the manifest says; it was removed.
+        FormatError: the bundle breaks a rule.
+        NotFetchedError: offline, and a file is not in the cache.
+        HubError: the Hub refuses, or cannot be reached.
+        OutputError: *local_dir* holds something else, another process writes to it, or the disk is full.
+        OptionError: an argument is outside its range.
+    """
+    hub_id = parse_hub_id(repo_id)
+    if hub_id is None:
+        raise BundleNotFoundError(f"{repo_id!r}: is no id of a repository on the Hub; give org/name")
+    if isinstance(tasks, str):
+        raise OptionError(f"tasks is {tasks!r}; give a list of names")
+    if max_workers < 1:
+        raise OptionError(f"max_workers is {max_workers}; give at least 1")
+    snapshot = open_snapshot(hub_id, Access(token, cache_dir, local_files_only, force_download), revision, max_workers)
+    bundle = BundleFiles(snapshot.root, source=snapshot)
+    wanted = [task.name for task in bundle.manifest.tasks] if tasks is None else list(dict.fromkeys(tasks))
+    if local_dir is None:
+        snapshot.have(_entries(bundle, wanted), progress, check=True)
+        return snapshot.root
+    target = Path(local_dir).expanduser()
+    for name in wanted:
+        bundle.entry(name)
+    place = Path(os.path.realpath(target))
+    with files.gathered_files(place) as gathered:
+        before = _before(place, bundle)
+        _Directory(place, gathered, snapshot, bundle).fill([*wanted, *_kept(place, before, bundle)], progress)
+        _remove_outdated(place, before, bundle)
+    return target
+
+
+def _entries(bundle: BundleFiles, names: Iterable[str]) -> list[FileEntry]:
+    """What a partial bundle of these tasks consists of, the manifest aside; brings their tables."""
+    tasks = bundle.tables_of(names)
+    directories = {
+        layout.BASE_DIRECTORY,
+        *(task.directory for task in tasks),
+        *(task.group.directory for task in tasks),
+    }
+    companions = {layout.companion_path(file.sha256) for task in tasks for file in task.table.files}
+    return [
+        entry
+        for path, entry in bundle.files.items()
+        if path == layout.BASE_TABLE or path in companions or path.rpartition("/")[0] in directories
+    ]
+
+
+# --- a directory ------------------------------------------------------------------------------------------------------
+
+
+class _Directory:
+    """A directory that is filled: files are gathered beside it, and move in when all of them are there."""
+
+    def __init__(self, target: Path, gathered: Path, snapshot: Snapshot, bundle: BundleFiles) -> None:
+        self._target, self._gathered, self._snapshot, self._bundle = target, gathered, snapshot, bundle
+        self._again = snapshot.repository.access.force_download
+
+    def fill(self, names: Sequence[str], progress: Progress | None) -> None:
+        """Have these tasks in the directory, and the manifest."""
+        needed = [entry for entry in _entries(self._bundle, names) if not self._is_right(self._target, entry)]
+        missing = [entry for entry in needed if not self._is_gathered(entry)]
+        repository = self._snapshot.repository
+        if missing and repository.access.is_offline:
+            self._snapshot.have(missing)  # says which one is not there
+        if missing:
+            transfer.download(
+                repository,
+                missing,
+                self._gathered,
+                local_dir=self._gathered,
+                max_workers=self._snapshot.max_workers,
+                progress=progress,
+            )
+        with files.writing(self._target):
+            manifest = self._gathered / layout.MANIFEST
+            files.write_file(manifest, self._snapshot.root / layout.MANIFEST)
+            # Tables after shards, and the manifest last: it says that everything else is there.
+            for entry in sorted(needed, key=lambda each: each.path.endswith(".json")):
+                self._move_in(entry.path)
+            self._move_in(layout.MANIFEST)
+
+    def _is_right(self, root: Path, entry: FileEntry) -> bool:
+        if self._again and root == self._target:
+            return False
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, FormatError):
+            return transfer.difference(layout.resolve(root, entry.path), entry) is None
+        return False
+
+    def _is_gathered(self, entry: FileEntry) -> bool:
+        """Whether an earlier pull that failed brought a file, or the cache has it: then it is copied."""
+        if self._is_right(self._gathered, entry):
+            return True
+        source = self._snapshot.root / entry.path
+        copy = self._gathered / entry.path
+        copy.unlink(missing_ok=True)
+        if self._again or not layout.is_here(self._snapshot.root, entry.path):
+            return False
+        with files.writing(self._target):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            files.write_file(copy, source)
+        return self._is_right(self._gathered, entry)
+
+    def _move_in(self, path: str) -> None:
+        place = self._target
+        for part in PurePosixPath(path).parent.parts:
+            place.mkdir(exist_ok=True)
+            place /= part
+            if place.is_symlink():
+                raise OutputError(f"{place}: is a link; remove it, or choose another place")
+        place.mkdir(exist_ok=True)
+        source = self._gathered / path
+        with source.open("rb") as file:
+            os.fsync(file.fileno())
+        source.replace(self._target / path)
+        files.sync_directory(place)
+
+
+def _before(target: Path, bundle: BundleFiles) -> Manifest | None:
+    """The manifest that is in a directory; None in one that is new or empty.
+
+    Raises:
+        OutputExistsError: something else is in the directory, or another bundle.
+    """
+    if not target.exists():
+        return None
+    if not target.is_dir():
+        raise OutputExistsError(f"{target}: is a file; choose another place")
+    if not (target / layout.MANIFEST).exists():
+        if any(target.iterdir()):
+            raise OutputExistsError(f"{target}: holds what no pull wrote; choose another place")
+        return None
+    before = BundleFiles(target).manifest
+    for file in before.files:
+        now = bundle.files.get(file.path)
+        is_fixed = file.path == layout.BASE_TABLE or not file.path.endswith(".json")
+        if now is not None and is_fixed and now.sha256 != file.sha256:
+            raise OutputExistsError(
+                f"{target}: is another bundle than {bundle.where} ({file.path} differs); choose another place"
+            )
+    return before
+
+
+def _kept(target: Path, before: Manifest | None, bundle: BundleFiles) -> list[str]:
+    """The tasks that are in a directory already, as far as the bundle still has them."""
+    names = {task.name for task in bundle.manifest.tasks}
+    there = [] if before is None else before.tasks
+    return [task.name for task in there if task.name in names and layout.is_here(target, layout.task_table(task.slug))]
+
+
+def _remove_outdated(target: Path, before: Manifest | None, bundle: BundleFiles) -> None:
+    """Remove what an earlier manifest listed and the bundle has no more."""
+    for file in () if before is None else before.files:
+        if file.path not in bundle.files and layout.is_here(target, file.path):
+            place = target / file.path
+            place.unlink()
+            for folder in PurePosixPath(file.path).parents:
+                with contextlib.suppress(OSError):  # not empty
+                    if folder.parts:
+                        (target / folder).rmdir()

@@ -22,7 +22,7 @@ from tallstore.files import Written, hash_file
 from tallstore.format import layout
 from tallstore.format.parsing import MAX_JSON_NBYTES
 from tallstore.hub.ids import is_sha, shown
-from tallstore.hub.refusals import Reason, refusal_of
+from tallstore.hub.refusals import Reason, is_transport_error, refusal_of
 from tallstore.hub.retrying import is_passing, patiently
 
 Result = TypeVar("Result")
@@ -220,7 +220,11 @@ def _head(
         if isinstance(error, huggingface_hub.errors.RemoteEntryNotFoundError):
             problem = f"the repository has no {layout.MANIFEST}, it is no bundle; check the id and the revision"
             raise BundleNotFoundError(f"{where}: {problem}") from None
-        if cached is None or access.force_download or not is_passing(error):
+        is_out_of_reach = is_passing(error) or is_transport_error(error)
+        if cached is None and is_transport_error(error):
+            problem = f"no such path here, and the Hub cannot be reached ({type(error).__name__}); check both"
+            raise HubError(where, problem) from None
+        if cached is None or access.force_download or not is_out_of_reach:
             raise reading_error(where, error) from None
         warn(f"{where}: the Hub cannot be reached; takes the commit {cached.parent.name[:12]} from the cache")
         return None

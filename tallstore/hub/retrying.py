@@ -12,6 +12,7 @@ Result = TypeVar("Result")
 
 _WAITS: Final = (0.5, 1.0, 2.0, 4.0)  # seconds
 _LONGEST_WAIT: Final = 30.0  # whatever the Hub asks for
+_NOBODY_THERE: Final = frozenset({"ConnectError", "ConnectTimeout"})  # most often there is no network at all
 _PASSING: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
@@ -40,6 +41,8 @@ def is_passing(error: Exception) -> bool:
     response = getattr(error, "response", None)
     if response is not None:
         return response.status_code in _PASSING
+    if type(error).__name__ in _NOBODY_THERE:
+        return False
     # A body that ended early is an OSError without a number to the client, and what Xet lost a RuntimeError.
     is_short = type(error) is OSError and error.errno is None
     return is_short or type(error) is RuntimeError or is_transport_error(error)

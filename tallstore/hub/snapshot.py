@@ -6,11 +6,12 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from tallstore.errors import NotFetchedError
+from tallstore.errors import NotFetchedError, OptionError
 from tallstore.format import layout
 from tallstore.format.manifest import FileEntry
 from tallstore.hub import transfer
-from tallstore.hub.repository import Repository, discard
+from tallstore.hub.ids import HubId, on_hub
+from tallstore.hub.repository import Access, Repository, discard, pin
 from tallstore.meter import Progress
 
 
@@ -25,7 +26,7 @@ class Snapshot:
 
     def __init__(self, repository: Repository, root: Path, max_workers: int = transfer.MAX_WORKERS) -> None:
         self.repository, self.root, self.where = repository, root, repository.where
-        self._max_workers = max_workers
+        self.max_workers = max_workers
         self._settled: set[str] = set()
         self._lock = threading.Lock()
 
@@ -46,7 +47,7 @@ class Snapshot:
             missing = [entry for entry in pending if not self._is_settled(entry, check=check)]
             if missing:
                 self._refuse_offline(missing[0])
-                transfer.download(self.repository, missing, self.root, max_workers=self._max_workers, progress=progress)
+                transfer.download(self.repository, missing, self.root, max_workers=self.max_workers, progress=progress)
             self._settled.update(entry.path for entry in pending)
 
     def _is_settled(self, entry: FileEntry, *, check: bool) -> bool:
@@ -68,3 +69,37 @@ class Snapshot:
                 f"{self.where}: {missing.path} is not in the Hub's cache here, and the Hub may not be asked (offline); "
                 f"fetch it with the Hub in reach: tallstore pull {self.repository.repo_id}"
             )
+
+
+def find(source: str, access: Access | None = None) -> tuple[Path, str | None]:
+    """The directory of a bundle, and, if *source* is an id on the Hub, what to call it; it has the manifest at least.
+
+    Raises:
+        TallstoreError: as `pin`.
+    """
+    hub_id = on_hub(source)
+    if hub_id is None:
+        return Path(source), None
+    snapshot = open_snapshot(hub_id, access)
+    return snapshot.root, snapshot.where
+
+
+def open_snapshot(
+    hub_id: HubId, access: Access | None = None, revision: str | None = None, max_workers: int = transfer.MAX_WORKERS
+) -> Snapshot:
+    """Pin a repository to a commit, and have its manifest.
+
+    Args:
+        hub_id: the repository's.
+        access: how the Hub is reached.
+        revision: of an id that names none.
+        max_workers: how many files are downloaded at a time.
+
+    Raises:
+        OptionError: two revisions were given.
+        TallstoreError: as `pin`.
+    """
+    if revision is not None and hub_id.revision is not None and revision != hub_id.revision:
+        raise OptionError(f"revision is {revision!r}, and {str(hub_id)!r} names another; give one of them")
+    repository, root = pin(hub_id.repo_id, revision or hub_id.revision, access or Access())
+    return Snapshot(repository, root, max_workers)

@@ -84,6 +84,7 @@ class Statistics:
 
     Attributes:
         path: the bundle's directory.
+        where: what to call it: the directory, or the id on the Hub and the commit.
         tasks: whose masks were counted; all that is "by task" is in their order.
         not_fetched: the bundle's other tasks, whose files are not here; empty where tasks were asked for.
         tensors: those that were counted.
@@ -92,6 +93,7 @@ class Statistics:
     """
 
     path: Path
+    where: str
     tasks: tuple[str, ...]
     not_fetched: tuple[str, ...]
     tensors: tuple[TensorStatistics, ...]
@@ -177,7 +179,7 @@ class Statistics:
         return numbers[0].tolist(), numbers[1].tolist()
 
     def __repr__(self) -> str:
-        return f"<Statistics {str(self.path)!r}: {self._count()}>"
+        return f"<Statistics {self.where!r}: {self._count()}>"
 
     def __str__(self) -> str:
         """A few lines for people: what was counted, the profile, a line a task for the first of them."""
@@ -194,7 +196,7 @@ class Statistics:
         return f"{len(self.tasks)} mask{'' if len(self.tasks) == 1 else 's'} over {self.numel:,} weights"
 
     def _facts(self) -> list[str]:
-        first = f"statistics of {self.path}: {self._count()}"
+        first = f"statistics of {self.where}: {self._count()}"
         if not self.numel:
             return [first]
         last = len(self.tasks)
@@ -252,6 +254,7 @@ def measure_masks(
     meter.end_phase()
     return Statistics(
         path=files.root,
+        where=files.where,
         tasks=chosen,
         not_fetched=not_fetched,
         tensors=tensors,

@@ -43,7 +43,7 @@ class BaseSummary:
     Attributes:
         repo_id, revision: where readers get it; None where it is not said.
         embedded: whether it is in the bundle.
-        tensors: how many it has, ties counted once.
+        tensors: how many it has, ties counted once; None, as what stands below, where its table is not here.
         parameters: their elements.
         checkpoint_nbytes: their bytes in a plain checkpoint.
     """
@@ -51,9 +51,9 @@ class BaseSummary:
     repo_id: str | None
     revision: str | None
     embedded: bool
-    tensors: int
-    parameters: int
-    checkpoint_nbytes: int
+    tensors: int | None = None
+    parameters: int | None = None
+    checkpoint_nbytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,7 @@ class BundleSummary:
 
     Attributes:
         path: its directory.
+        where: what to call it: the directory, or the id on the Hub and the commit.
         format_version, generator: as in the manifest.
         base, groups, tasks: what it is made of.
         nbytes: all files.
@@ -141,6 +142,7 @@ class BundleSummary:
     """
 
     path: Path
+    where: str
     format_version: str
     generator: str
     base: BaseSummary
@@ -168,8 +170,8 @@ class BundleSummary:
     @property
     def checkpoints_nbytes(self) -> int:
         """The `weighed` tasks as plain checkpoints, with the base's where the bundle has it too."""
-        base_nbytes = self.base.checkpoint_nbytes if self.base.embedded else 0
-        return base_nbytes + sum(task.checkpoint_nbytes or 0 for task in self.weighed)
+        base_nbytes = self.base.checkpoint_nbytes if self.base.embedded else None
+        return (base_nbytes or 0) + sum(task.checkpoint_nbytes or 0 for task in self.weighed)
 
     @property
     def ratio(self) -> float | None:
@@ -203,11 +205,19 @@ class Presence:
     nbytes: int
     not_fetched: tuple[str, ...]
 
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON types."""
+        return asdict(self)
 
-def summarise(path: Path) -> BundleSummary:
+
+def summarise(path: Path, on_hub: str | None = None) -> BundleSummary:
     """Sum up the bundle at *path*: reads its tables, opens no shard.
 
     A task whose files are not here, or that needs a newer version, does not hide the others.
+
+    Args:
+        path: its directory.
+        on_hub: its id and commit, where *path* is a snapshot in the Hub's cache: base.json need not be there.
 
     Raises:
         BundleNotFoundError: there is no bundle at *path*.
@@ -219,9 +229,10 @@ def summarise(path: Path) -> BundleSummary:
     groups = tuple(_summarise_group(tables, group, fetched=group.id in here) for group in manifest.groups)
     return BundleSummary(
         path=path,
+        where=on_hub or str(path),
         format_version=manifest.format_version,
         generator=manifest.generator,
-        base=_summarise_base(tables),
+        base=_summarise_base(tables, needed=on_hub is None),
         groups=groups,
         tasks=tuple(_find_task(tables, task) for task in manifest.tasks),
         nbytes=tables.manifest_nbytes + sum(file.size for file in manifest.files),
@@ -301,13 +312,19 @@ class Tables:
     def is_fetched(self, task: TaskEntry) -> bool:
         """Whether all files of a task are here."""
         directory = layout.task_directory(task.slug)
-        return all(layout.is_here(self._root, f"{directory}/{name}") for name in self._sizes.get(directory, ()))
+        return all(self.is_here(f"{directory}/{name}") for name in self._sizes.get(directory, ()))
+
+    def is_here(self, path: str) -> bool:
+        """Whether a listed file is here."""
+        return layout.is_here(self._root, path)
 
 
-def _summarise_base(tables: Tables) -> BaseSummary:
+def _summarise_base(tables: Tables, *, needed: bool) -> BaseSummary:
+    pin = tables.manifest.base
+    if not needed and not tables.is_here(layout.BASE_TABLE):
+        return BaseSummary(pin.repo_id, pin.revision, pin.embedded)
     table = tables.read(layout.BASE_TABLE, BaseTable)
     specs = [TensorSpec(tensor.dtype, tensor.shape) for tensor in table.tensors if tensor.alias_of is None]
-    pin = tables.manifest.base
     return BaseSummary(
         repo_id=pin.repo_id,
         revision=pin.revision,

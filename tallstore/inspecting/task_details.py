@@ -55,6 +55,7 @@ class TaskDetails:
 
     Attributes:
         path: the bundle's directory.
+        where: what to call it: the directory, or the id on the Hub and the commit.
         task: what the bundle's summary says of it.
         method: its group's.
         tensors: in the order of its table.
@@ -63,6 +64,7 @@ class TaskDetails:
     """
 
     path: Path
+    where: str
     task: TaskSummary
     method: str
     tensors: tuple[TensorSummary, ...]
@@ -73,6 +75,7 @@ class TaskDetails:
         """The details as plain JSON types."""
         return {
             "path": str(self.path),
+            "where": self.where,
             "task": asdict(self.task),
             "method": self.method,
             "tensors": [asdict(tensor) for tensor in self.tensors],
@@ -83,22 +86,21 @@ class TaskDetails:
         }
 
 
-def describe_task(path: Path, name: str) -> TaskDetails:
-    """What one task of the bundle at *path* is made of: reads its tables, and the headers and indexes of its shards.
+def describe_task(files: BundleFiles, name: str) -> TaskDetails:
+    """What one task of a bundle is made of: reads its tables, and the headers and indexes of its shards that are here.
 
     Raises:
-        BundleNotFoundError: there is no bundle at *path*.
         UnknownTaskError: it has no task of that name.
         NotFetchedError: the task's table is not here.
         FormatError: a table or a shard's header is damaged or breaks a rule.
     """
-    files = BundleFiles(path)
     task = files.task(name)
-    tables = Tables(path)
+    tables = Tables(files.root)
     group = next(group for group in files.manifest.groups if group.id == task.entry.group)
-    stored = _stored_nbytes(path, task)
+    stored = _stored_nbytes(files.root, task)
     return TaskDetails(
-        path=path,
+        path=files.root,
+        where=files.where,
         task=summarise_task(tables, task.entry, task.table, fetched=files.is_fetched(name)),
         method=group.method.name,
         tensors=tuple(_summarise_tensor(tensor, stored[tensor.name]) for tensor in task.table.tensors),

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Container, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -77,9 +77,12 @@ def verify(path: str | os.PathLike[str], *, progress: Progress | None = None) ->
     Raises:
         BundleNotFoundError: there is no bundle at *path*.
     """
-    root = Path(path)
-    problems = (Problem(error.rule, error.where, error.problem) for error in _check(root, progress))
-    return list(dict.fromkeys(problems))
+    return listed(_check(Path(path), progress))
+
+
+def listed(problems: Problems) -> list[Problem]:
+    """What was found, each once."""
+    return list(dict.fromkeys(Problem(error.rule, error.where, error.problem) for error in problems))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +115,9 @@ class _Bundle:
 
 
 def _check(root: Path, progress: Progress | None) -> Problems:
-    raw = yield from attempt(layout.MANIFEST, partial(_read_manifest, root))
-    manifest = None if raw is None else (yield from _parse_manifest(raw))
+    manifest = yield from check_manifest_file(root)
     if manifest is None:
         return  # it alone says what the other files are
-    yield from check_manifest(manifest)
-    yield from check_embedded_base(manifest)
     bundle = yield from _find_files(root, manifest, progress)
     hashing = ThreadPoolExecutor(_HASHING_THREADS)
     try:
@@ -135,6 +135,20 @@ def _check(root: Path, progress: Progress | None) -> Problems:
 
 
 # --- tallstore.json ---------------------------------------------------------------------------------------------------
+
+
+def check_manifest_file(root: Path) -> Generator[FormatError, None, Manifest | None]:
+    """The manifest of the bundle in *root*, and what is wrong with it; None where it cannot be understood.
+
+    Raises:
+        BundleNotFoundError: there is none.
+    """
+    raw = yield from attempt(layout.MANIFEST, partial(_read_manifest, root))
+    manifest = None if raw is None else (yield from _parse_manifest(raw))
+    if manifest is not None:
+        yield from check_manifest(manifest)
+        yield from check_embedded_base(manifest)
+    return manifest
 
 
 def _read_manifest(root: Path) -> bytes:
@@ -202,15 +216,21 @@ def _check_hashes(bundle: _Bundle, path: str) -> list[FormatError]:
 
 def _check_missing(bundle: _Bundle) -> Problems:
     """FILE-4: a partial bundle lacks whole tasks, and what only they need."""
-    here = {_directory(path) for path in bundle.files.keys() - bundle.absent}
-    due = {"", layout.BASE_DIRECTORY}
-    for task in bundle.manifest.tasks:
-        if layout.task_directory(task.slug) in here:
-            due |= {layout.task_directory(task.slug), layout.group_directory(task.group)}
+    due = due_directories(bundle.manifest, bundle.absent)
     companions = {path for path in bundle.referred if _directory(path) == _COMPANIONS}
     for path in sorted(bundle.absent):
         if _directory(path) in due or path in companions:
             yield FormatError("FILE-4", path, "is missing; fetch it again")
+
+
+def due_directories(manifest: Manifest, absent: Container[str]) -> set[str]:
+    """The directories of which no listed file may be absent, where others are: those of the tasks that are there."""
+    here = {_directory(file.path) for file in manifest.files if file.path not in absent}
+    due = {"", layout.BASE_DIRECTORY}
+    for task in manifest.tasks:
+        if layout.task_directory(task.slug) in here:
+            due |= {layout.task_directory(task.slug), layout.group_directory(task.group)}
+    return due
 
 
 def _check_referred(bundle: _Bundle) -> Problems:

@@ -19,6 +19,7 @@ from tallstore import files
 from tallstore.errors import BundleNotFoundError, IntegrityError, NotFetchedError, UnknownTaskError
 from tallstore.format import layout, parsing
 from tallstore.format import manifest as tables
+from tallstore.format.bundle_files import BundleFiles
 from tallstore.inspecting.summary import presence, summarise
 from tallstore.inspecting.task_details import describe_task
 from tests.bundle_builder import Bundle, Group, Task
@@ -115,7 +116,7 @@ def test_every_coded_kind_is_counted_and_weighed(tmp_path):
     directory = root / "tasks" / "t"
     (shard,) = directory.glob("mask-*.safetensors")
     assert summary.bits == 8 * (shard.stat().st_size + shared.nbytes) / 30_000
-    sizes = {tensor.name: tensor.nbytes for tensor in describe_task(root, "t").tensors}
+    sizes = {tensor.name: tensor.nbytes for tensor in describe_task(BundleFiles(root), "t").tensors}
     bits, two_bits, four_bits = (-(-5000 * width // 8 // 64) * 64 for width in (1, 2, 4))
     assert sizes == {
         "mask": bits,
@@ -200,7 +201,7 @@ def test_a_damaged_table_is_refused(bundle):
         summarise(bundle)
 
 
-@pytest.mark.parametrize("look", [summarise, presence, lambda path: describe_task(path, "task1")])
+@pytest.mark.parametrize("look", [summarise, presence, lambda path: describe_task(BundleFiles(path), "task1")])
 def test_no_bundle_is_an_error(look, tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "missing", tmp_path / "file"):
@@ -218,7 +219,7 @@ def test_presence_counts_files(packed):
 
 def test_details_list_every_tensor(packed):
     bundle, report = packed
-    details = describe_task(bundle, "task2")
+    details = describe_task(BundleFiles(bundle), "task2")
     assert (details.task.name, details.method) == ("task2", "signed-mask")
     assert details.task == summarise(bundle).tasks[1]
     found = {tensor.name: tensor for tensor in details.tensors}
@@ -242,7 +243,7 @@ def test_details_list_every_tensor(packed):
 
 def test_details_give_the_bytes_in_the_shards(packed):
     bundle, _ = packed
-    found = {tensor.name: tensor for tensor in describe_task(bundle, "task1").tensors}
+    found = {tensor.name: tensor for tensor in describe_task(BundleFiles(bundle), "task1").tensors}
     with safe_open(bundle / "tasks/task1/mask-00001-of-00001.safetensors", "np") as shard:
         (nbytes,) = shard.get_slice("fields/block.weight").get_shape()
     assert found["block.weight"].nbytes == nbytes
@@ -254,19 +255,19 @@ def test_details_give_the_bytes_in_the_shards(packed):
 def test_details_of_a_task_whose_shards_are_not_here(bundle):
     for shard in (bundle / "tasks" / "task1").glob("*.safetensors"):
         shard.unlink()
-    details = describe_task(bundle, "task1")
+    details = describe_task(BundleFiles(bundle), "task1")
     assert not details.task.fetched
     sizes = {tensor.name: tensor.nbytes for tensor in details.tensors}
     assert sizes["block.weight"] is None
     assert sizes["frozen.weight"] == 0
     (bundle / "tasks" / "task1" / "task.json").unlink()
     with pytest.raises(NotFetchedError):
-        describe_task(bundle, "task1")
+        describe_task(BundleFiles(bundle), "task1")
 
 
 def test_an_unknown_task_suggests_the_nearest(packed):
     with pytest.raises(UnknownTaskError, match="did you mean 'task2'"):
-        describe_task(packed[0], "task_2")
+        describe_task(BundleFiles(packed[0]), "task_2")
 
 
 def test_a_summary_needs_neither_torch_nor_numpy(packed):

@@ -23,10 +23,10 @@ def statistics(bundle: BundleArgument, *, task: TasksOption = None, as_json: Jso
     claim universal.
     """
     from tallstore.cli import progress_bar, terminal  # noqa: PLC0415 - rich
-    from tallstore.format.bundle_files import BundleFiles  # noqa: PLC0415 - numpy
+    from tallstore.hub.opening import open_files  # noqa: PLC0415 - numpy
     from tallstore.inspecting.statistics import measure_masks  # noqa: PLC0415 - numpy
 
-    with progress_bar.show("counting") as progress, contextlib.closing(BundleFiles(bundle)) as files:
+    with progress_bar.show("counting") as progress, contextlib.closing(open_files(bundle)) as files:
         measured = measure_masks(files, task or None, progress)
     if as_json:
         terminal.print_json(measured.to_dict())

@@ -13,18 +13,24 @@ from tallstore.cli.options import BundleArgument, JsonOption
 USAGE: Final = "BUNDLE [--json]"
 EXAMPLES: Final = """\
 tallstore verify bundle
-tallstore verify bundle --json"""
+tallstore verify bundle --json
+tallstore verify org/name"""
 
 
 def verify(bundle: BundleArgument, as_json: JsonOption = False) -> None:
-    """Check every rule of the format and every byte; print each problem, and exit with 1 if there is one."""
+    """Check every rule of the format and every byte; print each problem, and exit with 1 if there is one.
+
+    Of a bundle on the Hub, only the manifest is downloaded: the Hub's own hashes and sizes of the other files are
+    compared with it.
+    """
     from tallstore.cli import progress_bar, terminal  # noqa: PLC0415 - rich
     from tallstore.cli.figures import several  # noqa: PLC0415
 
     with progress_bar.show("checking") as progress:
         problems = tallstore.verify(bundle, progress=progress)
 
-    from tallstore.cli.views.verified import print_problems, print_verified  # noqa: PLC0415 - numpy
+    from tallstore.cli.views.verified import print_compared, print_problems, print_verified  # noqa: PLC0415 - numpy
+    from tallstore.hub.snapshot import find  # noqa: PLC0415
     from tallstore.inspecting.summary import presence  # noqa: PLC0415
 
     if as_json:
@@ -32,7 +38,8 @@ def verify(bundle: BundleArgument, as_json: JsonOption = False) -> None:
     elif problems:
         print_problems(problems)
     else:
-        print_verified(presence(bundle))
+        root, on_hub = find(bundle)
+        print_verified(presence(root)) if on_hub is None else print_compared(on_hub)
     if problems:
         terminal.report_error(f"{bundle}: {several(len(problems), 'problem')}; fetch or pack the bundle again")
         raise typer.Exit(1)

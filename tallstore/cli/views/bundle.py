@@ -57,7 +57,7 @@ def score_column(scores: Sequence[float | None]) -> Column | None:
 
 def _facts(summary: BundleSummary) -> list[tuple[str, str]]:
     facts = [
-        ("bundle", f"{summary.path} (format {summary.format_version}, by {summary.generator})"),
+        ("bundle", f"{summary.where} (format {summary.format_version}, by {summary.generator})"),
         ("base", _describe_base(summary)),
         *(("group", group) for group in _describe_groups(summary.groups)),
     ]
@@ -83,9 +83,11 @@ def _describe_base(summary: BundleSummary) -> str:
     name = base.repo_id or ("" if base.embedded else "not named")
     if base.revision is not None:
         name += f"@{base.revision[:_SHORT_HASH]}"
+    described = f"{name}, {place}" if name else place
+    if base.parameters is None or base.tensors is None or base.checkpoint_nbytes is None:
+        return described
     size = f"{count(base.parameters)} parameters in {several(base.tensors, 'tensor')}"
-    described = f"{size}, {readable(base.checkpoint_nbytes)}"
-    return f"{name}, {place}: {described}" if name else f"{place}: {described}"
+    return f"{described}: {size}, {readable(base.checkpoint_nbytes)}"
 
 
 def _describe_groups(groups: Sequence[GroupSummary]) -> list[str]:

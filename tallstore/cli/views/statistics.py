@@ -35,7 +35,7 @@ def print_statistics(statistics: Statistics) -> None:
 
 
 def _facts(statistics: Statistics) -> Iterator[tuple[str, str]]:
-    yield "bundle", str(statistics.path)
+    yield "bundle", statistics.where
     masks, tensors = several(len(statistics.tasks), "mask"), several(len(statistics.tensors), "tensor")
     density = f", density {percent(statistics.density)}" if statistics.numel else ""
     yield "counted", f"{masks} over {count(statistics.numel)} weights in {tensors}{density}"

@@ -36,7 +36,7 @@ def _facts(details: TaskDetails) -> list[tuple[str, str]]:
     task = details.task
     bits = "" if task.bits is None else f", {task.bits:.2f} bits a coded parameter"
     facts = [
-        ("task", f"{task.name} of {details.path} ({task.group}, {details.method})"),
+        ("task", f"{task.name} of {details.where} ({task.group}, {details.method})"),
         ("size", f"{readable(task.nbytes)} for {count(task.parameters)} parameters{bits}"),
         ("fidelity", _describe_fidelity(task)),
     ]

@@ -18,6 +18,11 @@ def print_problems(problems: Sequence[Problem]) -> None:
         console.print(str(problem), soft_wrap=True)
 
 
+def print_compared(where: str) -> None:
+    """That what the Hub says of all files is what the manifest says."""
+    terminal.output().print(f"no problems: the Hub's hashes and sizes of {where} are those of its manifest")
+
+
 def print_verified(present: Presence) -> None:
     """How much was checked."""
     console = terminal.output()
