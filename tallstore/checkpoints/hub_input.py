@@ -16,7 +16,7 @@ from tallstore.hub.refusals import Reason, refusal_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tallstore.hub.repository import Access
+    from tallstore.hub.pinned import Access
 
 
 def download(repo_id: str, revision: str | None, access: Access) -> tuple[Path, HubRef]:

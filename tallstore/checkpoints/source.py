@@ -19,7 +19,7 @@ from tallstore.checkpoints.state_dict import StateDictCheckpoint, plain_tensors
 from tallstore.checkpoints.torch_file import load_tensors
 from tallstore.errors import CheckpointNotFoundError, InputError
 from tallstore.hub.ids import parse_hub_id
-from tallstore.hub.repository import Access
+from tallstore.hub.pinned import Access
 
 CheckpointSource: TypeAlias = "str | os.PathLike[str] | Mapping[str, torch.Tensor]"
 """What a checkpoint may be given as."""

@@ -16,7 +16,7 @@ def task_names(ctx: Any, incomplete: str) -> list[str]:  # noqa: ANN401 - each v
 
     Reads the manifest. Whatever is wrong with it, there is nothing to complete: a shell is no place for errors.
     """
-    from tallstore.hub.repository import Access  # noqa: PLC0415 - most completions need none
+    from tallstore.hub.pinned import Access  # noqa: PLC0415 - most completions need none
     from tallstore.hub.snapshot import find  # noqa: PLC0415
     from tallstore.inspecting.summary import Tables  # noqa: PLC0415
 

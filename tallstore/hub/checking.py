@@ -11,7 +11,7 @@ from tallstore.format import layout
 from tallstore.format.manifest import FileEntry
 from tallstore.hub import transfer
 from tallstore.hub.ids import on_hub
-from tallstore.hub.repository import Access
+from tallstore.hub.pinned import Access
 from tallstore.hub.snapshot import Snapshot, open_snapshot
 from tallstore.meter import Progress
 from tallstore.verifying import Problem

@@ -8,7 +8,7 @@ from pathlib import Path
 from tallstore.format.bundle_files import BundleFiles
 from tallstore.format.shard_reader import Verify
 from tallstore.hub.ids import on_hub
-from tallstore.hub.repository import Access
+from tallstore.hub.pinned import Access
 from tallstore.hub.snapshot import open_snapshot
 
 

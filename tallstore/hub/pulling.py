@@ -14,7 +14,7 @@ from tallstore.format.bundle_files import BundleFiles
 from tallstore.format.manifest import FileEntry, Manifest
 from tallstore.hub import transfer
 from tallstore.hub.ids import parse_hub_id
-from tallstore.hub.repository import Access
+from tallstore.hub.pinned import Access
 from tallstore.hub.snapshot import Snapshot, open_snapshot
 from tallstore.meter import Progress
 

@@ -11,7 +11,7 @@ from tallstore.format import layout
 from tallstore.format.manifest import FileEntry
 from tallstore.hub import transfer
 from tallstore.hub.ids import HubId, on_hub
-from tallstore.hub.repository import Access, Repository, discard, pin
+from tallstore.hub.pinned import Access, Repository, discard, pin
 from tallstore.meter import Progress
 
 

@@ -13,7 +13,7 @@ from tallstore.errors import FormatError, IntegrityError, OutputError
 from tallstore.files import hash_file
 from tallstore.format.manifest import FileEntry
 from tallstore.hub.bars import StoppedError, bar_class
-from tallstore.hub.repository import RemoteFile, Repository, discard
+from tallstore.hub.pinned import RemoteFile, Repository, discard
 from tallstore.meter import Meter, Progress
 from tallstore.sizes import readable
 

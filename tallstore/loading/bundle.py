@@ -19,7 +19,7 @@ from tallstore.format.manifest import Manifest
 from tallstore.format.shard_reader import Verify
 from tallstore.hub.ids import shown
 from tallstore.hub.opening import open_files
-from tallstore.hub.repository import Access
+from tallstore.hub.pinned import Access
 from tallstore.inspecting.statistics import Statistics, measure_masks
 from tallstore.loading import representation
 from tallstore.loading.consensus import consensus

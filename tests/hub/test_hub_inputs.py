@@ -26,7 +26,7 @@ OPEN_EACH = """
 import json, sys, traceback
 from tallstore.checkpoints import open_checkpoint
 from tallstore.errors import InputError
-from tallstore.hub.repository import Access
+from tallstore.hub.pinned import Access
 
 for source, token in json.load(sys.stdin):
     try:
