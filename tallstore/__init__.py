@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         BaseMismatchError,
         BaseMissingError,
         BundleNotFoundError,
+        CardError,
         CheckpointNotFoundError,
         DamagedCheckpointError,
         FormatError,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
         WorkerError,
     )
     from tallstore.fit import Auto, Emr, LeastSquares, Localize, Sign, SignedMask, TallMask, Uniform
+    from tallstore.hub.pushing import push
     from tallstore.inspecting.statistics import Statistics
     from tallstore.loading.bundle import Bundle, open_bundle
     from tallstore.loading.model_weights import LoadResult
@@ -69,6 +71,7 @@ __all__ = [
     "Bundle",
     "BundleNotFoundError",
     "Calibration",
+    "CardError",
     "CheckpointNotFoundError",
     "Comparison",
     "DamagedCheckpointError",
@@ -113,6 +116,7 @@ __all__ = [
     "compare",
     "open_bundle",
     "pack",
+    "push",
     "train_masks",
     "verify",
 ]
@@ -132,6 +136,7 @@ _HOMES: Final = {
     "PackReport": "tallstore.packing",
     "compare": "tallstore.packing",
     "pack": "tallstore.packing",
+    "push": "tallstore.hub.pushing",
     "Calibration": "tallstore.tuning",
     "train_masks": "tallstore.tuning",
     "Problem": "tallstore.verifying",

@@ -32,6 +32,7 @@ from tallstore.meter import Progress
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from huggingface_hub import CommitInfo
     from typing_extensions import Self
 
 
@@ -296,6 +297,35 @@ class Bundle:
             UnknownTaskError, NotFetchedError, FormatError, IntegrityError: as `tensor`.
         """
         return measure_masks(self._files, tasks, progress)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        overwrite: bool = False,
+        progress: Progress | None = None,
+    ) -> CommitInfo:
+        """Push the bundle to the Hub, as `tallstore.push`, whose arguments, result and errors these are."""
+        from tallstore.hub.pushing import push  # noqa: PLC0415 - what only a push needs
+
+        return push(
+            self.path,
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            overwrite=overwrite,
+            progress=progress,
+        )
 
     def _merging(self, tasks: Sequence[str] | None) -> Merging:
         if isinstance(tasks, str):
