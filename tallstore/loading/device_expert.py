@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from tallstore.loading.device_pieces import Opener, is_for_device
 from tallstore.loading.expert import Expert
 from tallstore.loading.packed import Batch, Decode, Piece
 from tallstore.loading.pinned_base import PinnedBase
-from tallstore.loading.staging import Staging, staging_for
+from tallstore.loading.staging import Slot, Staging, staging_for
 
 #: Of a batch: more than a chunk ever takes, and chunks for several threads to read and check at once.
 _BATCH_NBYTES: Final = 32 << 20
@@ -27,7 +28,7 @@ _BATCH_NBYTES: Final = 32 << 20
 class DeviceExpert:
     """One task's tensors, rebuilt on a device; where that cannot be, on the CPU, and moved.
 
-    Memory beyond the result, on the CPU and on the device each: three batches of up to 32 MiB, one where copies are not
+    Memory beyond the result, on the CPU and on the device each: four batches of up to 32 MiB, one where copies are not
     asynchronous; without Triton, also a decoded batch and some 50 MiB on the device. One thread may use it.
     """
 
@@ -113,16 +114,37 @@ class DeviceExpert:
                 destination.copy_(self._expert.tensor(name, destination.dtype).view(-1))
 
     def _send(self, pieces: Iterable[Piece]) -> None:
-        for batch in _batches(pieces):
-            if self._decode is None:
-                raise AssertionError("pieces for a device without a decoder")
-            if self._ring is None:
-                self._ring = staging_for(self._device)
-            slot = self._ring.slot(batch.nbytes)
-            parallel.run(batch.fill(slot.host.numpy()))
-            for packed in batch.packed(self._ring.send(slot, batch.nbytes)):
-                self._decode(packed)
-            self._ring.release(slot)
+        """Read and decode, batch by batch; while one is decoded, the next ones are read and sent."""
+        pending: deque[_Filling] = deque()
+        try:
+            for batch in _batches(pieces):
+                if self._ring is None:
+                    self._ring = staging_for(self._device)
+                if len(pending) == self._ring.ahead:
+                    self._finish(pending.popleft(), self._ring)
+                slot = self._ring.slot(batch.nbytes)
+                pending.append(_Filling(batch, slot, parallel.begin(batch.fill(slot.host.numpy()))))
+            while pending and self._ring is not None:
+                self._finish(pending.popleft(), self._ring)
+        finally:
+            for filling in pending:
+                filling.jobs.abandon()
+
+    def _finish(self, filling: _Filling, ring: Staging) -> None:
+        if self._decode is None:
+            raise AssertionError("pieces for a device without a decoder")
+        filling.jobs.finish()
+        for packed in filling.batch.packed(ring.send(filling.slot, filling.batch.nbytes)):
+            self._decode(packed)
+        ring.release(filling.slot)
+
+
+class _Filling(NamedTuple):
+    """A batch that is being read into a buffer."""
+
+    batch: Batch
+    slot: Slot
+    jobs: parallel.Begun
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[Batch]:
