@@ -6,7 +6,7 @@
 
 `hub.py` is the server, `log.py` what was asked of it, `faults.py` what goes wrong on purpose. Below them, `routes.py`
 sends requests to `repositories.py` (create, list, read), `commits.py` (what a push decides) and `transfers.py` (the
-bytes); `repository.py` and `storage.py` keep commits and contents, `xet.py` what arrives by Xet.
+bytes) or `cas.py` (the same by Xet); `repository.py`, `storage.py` and `xet.py` keep what they are sent.
 """
 
 from tests.hub.loopback.accounts import Account

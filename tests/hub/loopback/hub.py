@@ -1,4 +1,4 @@
-"""The server: repositories, accounts, and the two ports behind which they are."""
+"""The server: repositories, accounts, and the ports behind which they are."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from types import TracebackType
 
 from typing_extensions import Self
 
-from tests.hub.loopback import commits, repositories, transfers
+from tests.hub.loopback import cas, commits, repositories, transfers
 from tests.hub.loopback.accounts import Account, signed_in, whose
 from tests.hub.loopback.faults import Fault, Faults
-from tests.hub.loopback.log import RequestLog
+from tests.hub.loopback.log import Exchange, RequestLog
 from tests.hub.loopback.repository import Contents, Repository
 from tests.hub.loopback.storage import Storage
 from tests.hub.loopback.wire import Answer, Handler, RefusalError, Request
 
 DEFAULT_ACCOUNT = Account("hf_loopback", "user")
-_ROUTES = (repositories.routes, commits.routes, transfers.routes)
+_ROUTES = (repositories.routes, commits.routes, transfers.routes, cas.routes)
 
 
 class LoopbackHub:
@@ -64,13 +64,13 @@ class LoopbackHub:
         self.log = RequestLog()
         self.crashes: list[Exception] = []
         self.faults = Faults()
-        self._servers = [_Server(self, "hub")]
-        if cdn:
-            self._servers.append(_Server(self, "storage"))
+        names = ["hub", *(["storage"] if cdn else []), *(["inner"] if xet else [])]
+        self._servers = {name: _Server(self, name) for name in names}
         self.has_cdn = cdn
-        self.url = f"http://127.0.0.1:{self._servers[0].server_port}"
-        # Another name too: older clients compare hosts, not ports, before they follow a redirect or take a token along.
-        self.storage_url = f"http://localhost:{self._servers[1].server_port}" if cdn else self.url
+        self.url = self.url_of("hub")
+        self.storage_url = self.url_of("storage") if cdn else self.url
+        if xet:
+            self.storage.xet_url = f"{self.url_of('inner')}/cas"
 
     @property
     def token(self) -> str:
@@ -114,6 +114,19 @@ class LoopbackHub:
         """
         self.faults.inject(fault, method, path, skip=skip, times=times)
 
+    def url_of(self, server: str) -> str:
+        # Not only another port: older clients compare hosts before they follow a redirect or take a token along.
+        host = "localhost" if server == "storage" else "127.0.0.1"
+        return f"http://{host}:{self._servers[server].server_port}"
+
+    def begin(self, request: Request) -> tuple[Exchange, Fault]:
+        """The request's place in the log, and what is to go wrong with it."""
+        exchange = Exchange.of(request)
+        if request.server == "inner":
+            return exchange, Fault()
+        self.log.append(exchange)
+        return exchange, self.faults.take(request)
+
     def answer(self, request: Request) -> Answer:
         for routes in _ROUTES:
             if answer := routes.answer(self, request):
@@ -142,7 +155,7 @@ class LoopbackHub:
         return repository
 
     def __enter__(self) -> Self:
-        for server in self._servers:
+        for server in self._servers.values():
             server.start()
         return self
 
@@ -150,7 +163,7 @@ class LoopbackHub:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.faults.release()
-        for server in self._servers:
+        for server in self._servers.values():
             server.stop()
         self._closing.close()
         if self.crashes and error is None:

@@ -36,16 +36,9 @@ class Exchange:
     status: int | None = None
     sent_nbytes: int = 0
 
-
-class RequestLog(Sequence[Exchange]):
-    """The exchanges, in the order in which requests arrived whole."""
-
-    def __init__(self) -> None:
-        self._exchanges: list[Exchange] = []
-        self._lock = threading.Lock()
-
-    def begin(self, request: Request) -> Exchange:
-        exchange = Exchange(
+    @classmethod
+    def of(cls, request: Request) -> Exchange:
+        return cls(
             request.server,
             request.method,
             request.plain_path,
@@ -54,9 +47,18 @@ class RequestLog(Sequence[Exchange]):
             "authorization" in request.headers,
             len(request.body),
         )
+
+
+class RequestLog(Sequence[Exchange]):
+    """The exchanges, in the order in which requests arrived whole."""
+
+    def __init__(self) -> None:
+        self._exchanges: list[Exchange] = []
+        self._lock = threading.Lock()
+
+    def append(self, exchange: Exchange) -> None:
         with self._lock:
             self._exchanges.append(exchange)
-        return exchange
 
     def select(self, method: str | None = None, path: str = "*", server: str | None = None) -> list[Exchange]:
         """Those of a *method* and a *server* whose path matches a glob; `*` matches slashes too."""

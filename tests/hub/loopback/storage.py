@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from tests.hub.loopback import xet_client
 from tests.hub.loopback.xet import XetStore
 
 
@@ -27,32 +28,34 @@ class Storage:
     def __init__(self, root: Path, *, xet: bool) -> None:
         self._contents = root / "contents"
         self._contents.mkdir(parents=True)
+        self._xet_home = root / "xet-home"
         self.xet = XetStore(root / "xet") if xet else None
+        self.xet_url = ""  # where the Hub's own client finds it
 
     def put(self, name: str, content: bytes) -> None:
         (self._contents / name).write_bytes(content)
 
     def add_large(self, sha256: str, content: bytes) -> None:
         """Keep a large file that no client sent, as if one had."""
-        if self.xet is None:
-            self.put(sha256, content)
-        else:
-            self.xet.add(content)
+        self.put(sha256, content)
+        if self.xet is not None:
+            xet_client.upload(self.xet_url, self._xet_home, self._contents / sha256, sha256)
 
     def has(self, name: str) -> bool:
         return (self._contents / name).is_file() or self.xet_hash(name) is not None
 
     def read(self, name: str) -> bytes:
         path = self._contents / name
-        if not path.is_file() and self.xet is not None:
-            return self.xet.read(name)
+        if not path.is_file() and self.xet is not None and (file := self.xet.file(name)):
+            xet_client.download(self.xet_url, self._xet_home, file.name, file.nbytes, path)
         return path.read_bytes()
 
     def nbytes(self, name: str) -> int:
         return len(self.read(name))
 
     def xet_hash(self, name: str) -> str | None:
-        return None if self.xet is None else self.xet.hash_of(name)
+        file = self.xet.file(name) if self.xet else None
+        return file.name if file else None
 
     def put_part(self, name: str, number: int, content: bytes) -> None:
         self.put(f"{name}.{number}", content)

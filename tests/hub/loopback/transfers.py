@@ -1,14 +1,11 @@
-"""The bytes of files: downloads, ranges, redirects; uploads, whole or in parts; where Xet's store is."""
+"""The bytes of files: downloads, ranges, redirects; uploads, whole or in parts."""
 
 from __future__ import annotations
 
 import hashlib
-import re
-import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from tests.hub.loopback.accounts import signed_in
 from tests.hub.loopback.repository import Repository
 from tests.hub.loopback.routes import Routes
 from tests.hub.loopback.wire import Answer, RefusalError, Request
@@ -16,16 +13,13 @@ from tests.hub.loopback.wire import Answer, RefusalError, Request
 if TYPE_CHECKING:
     from tests.hub.loopback.hub import LoopbackHub
 
-_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
-_XET_TOKEN_SECONDS = 3600
-
 routes = Routes()
 
 
 @routes("GET HEAD", "/{repo_id}/resolve/{revision}/{path}")
 def resolve(hub: LoopbackHub, request: Request, repo_id: str, revision: str, path: str) -> Answer:
     repository = hub.readable(request, repo_id)
-    _refuse_if_gated(hub, request, repository)
+    refuse_if_gated(hub, request, repository)
     commit = repository.resolve(revision)
     headers = {"X-Repo-Commit": commit.sha}
     entry = commit.files.get(path)
@@ -40,10 +34,11 @@ def resolve(hub: LoopbackHub, request: Request, repo_id: str, revision: str, pat
     if entry.sha256 and hub.has_cdn:
         headers["Location"] = f"{hub.storage_url}/lfs/{repo_id}/{entry.sha256}?filename={quote(path)}"
         return Answer(status=302, headers=headers)
-    return _content(request, hub.storage.read(entry.etag), headers)
+    return Answer.of_content(hub.storage.read(entry.etag), request, headers)
 
 
-def _refuse_if_gated(hub: LoopbackHub, request: Request, repository: Repository) -> None:
+def refuse_if_gated(hub: LoopbackHub, request: Request, repository: Repository) -> None:
+    """Files are for who was let in; the rest of a gated repository is for everyone."""
     if not repository.gated:
         return
     account = hub.account(request)
@@ -53,22 +48,6 @@ def _refuse_if_gated(hub: LoopbackHub, request: Request, repository: Repository)
     if account.user not in repository.granted and not account.may_read_private(repository.namespace):
         message = f"Access to model {repository.id} is restricted and you are not in the authorized list."
         raise RefusalError(403, message, "GatedRepo")
-
-
-def _content(request: Request, content: bytes, headers: dict[str, str]) -> Answer:
-    """A content, or the range of it that is asked for."""
-    headers["Accept-Ranges"] = "bytes"
-    wanted = _RANGE.fullmatch(request.headers.get("range", ""))
-    if wanted is None:
-        return Answer(content, headers=headers)
-    if wanted[1]:
-        first, last = int(wanted[1]), min(int(wanted[2] or len(content)), len(content) - 1)
-    else:
-        first, last = max(len(content) - int(wanted[2]), 0), len(content) - 1
-    if first > last:
-        raise RefusalError(416, "Range not satisfiable", **{"Content-Range": f"bytes */{len(content)}"})
-    headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
-    return Answer(content[first : last + 1], 206, headers)
 
 
 @routes("POST", "/{repo_id}.git/info/lfs/objects/batch")
@@ -104,7 +83,7 @@ def _upload_action(
 
 @routes("GET HEAD", "/lfs/{repo_id}/{oid}")
 def download(hub: LoopbackHub, request: Request, repo_id: str, oid: str) -> Answer:
-    return _content(request, hub.storage.read(oid), {"ETag": f'"{oid}"'})
+    return Answer.of_content(hub.storage.read(oid), request, {"ETag": f'"{oid}"'})
 
 
 @routes("PUT", "/lfs/{repo_id}/{oid}")
@@ -139,36 +118,3 @@ def verify(hub: LoopbackHub, request: Request, repo_id: str) -> Answer:
     if wanted["oid"] not in uploaded or hub.storage.nbytes(wanted["oid"]) != wanted["size"]:
         raise RefusalError(400, "This object does not exist or has another size.")
     return Answer()
-
-
-@routes("GET", "/api/models/{repo_id}/xet-read-token/{revision}")
-def xet_read_token(hub: LoopbackHub, request: Request, repo_id: str, revision: str) -> Answer:
-    _refuse_if_gated(hub, request, hub.readable(request, repo_id))
-    return _xet_token(hub)
-
-
-@routes("GET", "/api/models/{repo_id}/xet-write-token/{revision}")
-def xet_write_token(hub: LoopbackHub, request: Request, repo_id: str, revision: str) -> Answer:
-    if request.flag("create_pr"):
-        hub.readable(request, repo_id)
-        signed_in(hub.account(request))
-    else:
-        hub.writable(request, repo_id)
-    return _xet_token(hub)
-
-
-def _xet_token(hub: LoopbackHub) -> Answer:
-    """Where the store is: the client reads the headers, hf_xet the body."""
-    if hub.storage.xet is None:
-        raise RefusalError(404, "This Hub does not speak Xet")
-    token = {
-        "casUrl": hub.storage.xet.url,
-        "accessToken": "xet_loopback",
-        "exp": int(time.time()) + _XET_TOKEN_SECONDS,
-    }
-    headers = {
-        "X-Xet-Cas-Url": token["casUrl"],
-        "X-Xet-Access-Token": token["accessToken"],
-        "X-Xet-Token-Expiration": str(token["exp"]),
-    }
-    return Answer.of_json(token, **headers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from tests.hub.loopback.log import Exchange
 
 _CHUNK_NBYTES = 1 << 16
+_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 _request_ids = itertools.count(1)
 
 
@@ -22,7 +24,7 @@ class Request:
     """What a client asks.
 
     Attributes:
-        server: "hub" or "storage": where it arrived.
+        server: where it arrived: "hub", "storage", or "inner", which nobody but the Hub itself asks.
         path: still quoted, for a revision may hold a slash as %2F.
         query: every value of every name.
         headers: by name in lower case.
@@ -42,6 +44,19 @@ class Request:
     def json(self) -> Any:
         return json.loads(self.body)
 
+    def byte_range(self, nbytes: int) -> tuple[int, int] | None:
+        """From where and up to where of so many bytes a part is asked for, None where all are."""
+        wanted = _RANGE.fullmatch(self.headers.get("range", ""))
+        if wanted is None:
+            return None
+        if wanted[1]:
+            start, stop = int(wanted[1]), min(int(wanted[2] or nbytes) + 1, nbytes)
+        else:
+            start, stop = max(nbytes - int(wanted[2]), 0), nbytes
+        if start >= stop:
+            raise RefusalError(416, "Range not satisfiable", **{"Content-Range": f"bytes */{nbytes}"})
+        return start, stop
+
     def flag(self, name: str) -> bool:
         return self.query.get(name, ["0"])[0].lower() in {"1", "true"}
 
@@ -58,6 +73,17 @@ class Answer:
     @classmethod
     def of_json(cls, value: object, status: int = 200, **headers: str) -> Answer:
         return cls(json.dumps(value).encode(), status, {"Content-Type": "application/json", **headers})
+
+    @classmethod
+    def of_content(cls, content: bytes, request: Request, headers: dict[str, str]) -> Answer:
+        """A content, or the range of it that is asked for."""
+        headers = {"Accept-Ranges": "bytes", **headers}
+        wanted = request.byte_range(len(content))
+        if wanted is None:
+            return cls(content, headers=headers)
+        start, stop = wanted
+        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
+        return cls(content[start:stop], 206, headers)
 
 
 class RefusalError(Exception):
@@ -89,8 +115,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         request = self._read()
-        exchange = self.hub.log.begin(request)
-        fault = self.hub.faults.take(request)
+        exchange, fault = self.hub.begin(request)
         try:
             try:
                 fault.before(request)
