@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 if TYPE_CHECKING:
+    from tests.hub.loopback.faults import Fault
     from tests.hub.loopback.hub import LoopbackHub
     from tests.hub.loopback.log import Exchange
 
@@ -114,22 +115,24 @@ class Handler(BaseHTTPRequestHandler):
         """Keep quiet: `LoopbackHub.log` is the log."""
 
     def _answer(self) -> None:
-        request = self._read()
-        exchange, fault = self.hub.begin(request)
         try:
-            try:
-                fault.before(request)
-                answer = self.hub.answer(request)
-            except RefusalError as refusal:
-                answer = refusal.answer()
-            except DropError:
-                raise
-            except Exception as crash:  # noqa: BLE001 - whatever it is, a test should hear of it
-                self.hub.crashes.append(crash)
-                answer = RefusalError(500, f"The loopback Hub failed: {crash!r}").answer()
-            self._send(fault.after(answer), exchange)
+            request = self._read()
+            exchange, fault = self.hub.begin(request)
+            self._send(fault.after(self._carry_out(request, fault)), exchange)
         except (DropError, ConnectionError):
             self.close_connection = True
+
+    def _carry_out(self, request: Request, fault: Fault) -> Answer:
+        try:
+            fault.before(request)
+            return self.hub.answer(request)
+        except RefusalError as refusal:
+            return refusal.answer()
+        except DropError:
+            raise
+        except Exception as crash:  # noqa: BLE001 - whatever it is, a test should hear of it
+            self.hub.crashes.append(crash)
+            return RefusalError(500, f"The loopback Hub failed: {crash!r}").answer()
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _answer
 
@@ -141,7 +144,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def _read_body(self, headers: dict[str, str]) -> bytes:
         if headers.get("transfer-encoding") != "chunked":
-            return self.rfile.read(int(headers.get("content-length", 0)))
+            nbytes = int(headers.get("content-length", 0))
+            body = self.rfile.read(nbytes)
+            if len(body) < nbytes:  # the client is gone
+                raise DropError
+            return body
         chunks = []
         while nbytes := int(self.rfile.readline().partition(b";")[0], 16):
             chunks.append(self.rfile.read(nbytes))
