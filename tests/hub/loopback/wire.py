@@ -93,7 +93,8 @@ class RefusalError(Exception):
     def __init__(self, status: int, message: str, code: str | None = None, **headers: str) -> None:
         super().__init__(message)
         self.status, self.message = status, message
-        self.headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **headers}
+        in_header = message.encode("latin-1", "replace").decode("latin-1")
+        self.headers = {"X-Error-Message": in_header, **({"X-Error-Code": code} if code else {}), **headers}
 
     def answer(self) -> Answer:
         return Answer.of_json({"error": self.message}, self.status, **self.headers)
@@ -144,17 +145,19 @@ class Handler(BaseHTTPRequestHandler):
 
     def _read_body(self, headers: dict[str, str]) -> bytes:
         if headers.get("transfer-encoding") != "chunked":
-            nbytes = int(headers.get("content-length", 0))
-            body = self.rfile.read(nbytes)
-            if len(body) < nbytes:  # the client is gone
-                raise DropError
-            return body
+            return self._read_exactly(int(headers.get("content-length", 0)))
         chunks = []
-        while nbytes := int(self.rfile.readline().partition(b";")[0], 16):
-            chunks.append(self.rfile.read(nbytes))
+        while nbytes := int(self.rfile.readline().partition(b";")[0] or b"0", 16):
+            chunks.append(self._read_exactly(nbytes))
             self.rfile.readline()
-        self.rfile.readline()
+        self._read_exactly(len(b"\r\n"))
         return b"".join(chunks)
+
+    def _read_exactly(self, nbytes: int) -> bytes:
+        read = self.rfile.read(nbytes)
+        if len(read) < nbytes:  # the client is gone
+            raise DropError
+        return read
 
     def _send(self, answer: Answer, exchange: Exchange) -> None:
         exchange.status = answer.status  # before it is sent: whoever has the answer finds it in the log
