@@ -82,21 +82,21 @@ class TestRanges:
     @pytest.mark.parametrize(
         ("asked", "expected", "told"),
         [
-            ("bytes=0-9", NOISE[:10], "bytes 0-9/3000000"),
-            ("bytes=2999990-", NOISE[-10:], "bytes 2999990-2999999/3000000"),
-            ("bytes=2999990-9999999", NOISE[-10:], "bytes 2999990-2999999/3000000"),
-            ("bytes=-10", NOISE[-10:], "bytes 2999990-2999999/3000000"),
+            ("bytes=0-9", slice(0, 10), "bytes 0-9/3000000"),
+            ("bytes=2999990-", slice(-10, None), "bytes 2999990-2999999/3000000"),
+            ("bytes=2999990-9999999", slice(-10, None), "bytes 2999990-2999999/3000000"),
+            ("bytes=-10", slice(-10, None), "bytes 2999990-2999999/3000000"),
         ],
     )
     def test_a_part_is_sent(self, hub, url, asked, expected, told):
-        with urllib.request.urlopen(urllib.request.Request(url, headers={"Range": asked})) as answer:  # noqa: S310
+        with ask(url, Range=asked) as answer:
             assert (answer.status, answer.headers["Content-Range"]) == (206, told)
-            assert answer.read() == expected
+            assert answer.read() == NOISE[expected]
         assert (hub.log[0].byte_range, hub.log[0].sent_nbytes) == (asked, 10)
 
     def test_a_part_beyond_the_end_is_refused(self, url):
         with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(urllib.request.Request(url, headers={"Range": "bytes=3000000-"}))  # noqa: S310
+            ask(url, Range="bytes=3000000-")
         assert (refused.value.code, refused.value.headers["Content-Range"]) == (416, "bytes */3000000")
         refused.value.close()
 
@@ -105,6 +105,11 @@ class TestRanges:
         assert [(one.byte_range, one.sent_nbytes) for one in hub.log.select("GET", "*/resolve/*")] == [
             ("bytes=1000-1999", 1000)
         ]
+
+
+def ask(url, **headers):
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    return direct.open(urllib.request.Request(url, headers=headers))  # noqa: S310 - the Hub is on this machine
 
 
 def read_range(url, token, start, stop):
