@@ -8,8 +8,9 @@ Three tables, all medians of interleaved rounds in one process, after one that i
   bytes; for every kind of code, and the dtypes of base and result. Packed bytes lie on the device before.
 - loads: `state_dict(device=…)`, from files that the system has cached, with every byte checked and without; beside
   `safetensors.torch.load_file(device=…)` of the full expert. The base is read and sent as well.
-- switches: `set_expert` of a model on the device, masks in memory; beside `load_state_dict` of a full expert that is on
-  the device, and of one in a file.
+- switches: `set_expert` of a model on the device, masks in the CPU's memory, or all kept on the device (`on_device`);
+  beside `load_state_dict` of a full expert that is on the device, and of one in a file; and beside `torch.add(base,
+  merged, out=)` of float tensors there.
 
 On a GPU the decoder is the one that experts are loaded with there: Triton's kernel, or torch's operations. With
 `--device cpu --numel 200_000` it shows that it runs, and nothing else: with TRITON_INTERPRET=1, Triton's interpreter.
@@ -195,15 +196,27 @@ def switch_ways(
     paths: Mapping[str, Path], bundle: tallstore.Bundle, device: torch.device
 ) -> dict[str, Callable[[], object]]:
     """Ways to make a model on the device another expert; the one that is switched to changes from call to call."""
-    model = model_of(load_file(paths["base"], device=str(device)))
-    resident = load_file(paths["one"], device=str(device))
-    switcher = bundle.attach(model)
-    for task in ("one", "two"):
-        switcher.set_expert(task)
+    base, resident = (load_file(paths[name], device=str(device)) for name in ("base", "one"))
+    switchers = {on_device: bundle.attach(model_of(base), on_device=on_device) for on_device in (False, True)}
+    for switcher in switchers.values():
+        for task in ("one", "two"):
+            switcher.set_expert(task)
+    model = model_of(base)
+    targets = [(base[name], resident[name], tensor.detach()) for name, tensor in model.state_dict().items()]
+
+    def add() -> None:
+        for before, merged, target in targets:
+            torch.add(before, merged, out=target)
+
+    def switch(switcher: tallstore.Switcher) -> None:
+        switcher.set_expert("one" if switcher.active_expert == "two" else "two")
+
     return {
+        "torch.add, on the device": add,
         "load_state_dict, on the device": lambda: model.load_state_dict(resident),
         "load_state_dict, from a file": lambda: model.load_state_dict(load_file(paths["one"], device=str(device))),
-        "set_expert": lambda: switcher.set_expert("one" if switcher.active_expert == "two" else "two"),
+        "set_expert": lambda: switch(switchers[False]),
+        "set_expert, on_device": lambda: switch(switchers[True]),
     }
 
 

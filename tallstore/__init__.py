@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         BaseMismatchError,
         BaseMissingError,
         BundleNotFoundError,
+        CardError,
         CheckpointNotFoundError,
         DamagedCheckpointError,
         FormatError,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from tallstore.fit import Auto, Emr, LeastSquares, Localize, Sign, SignedMask, TallMask, Uniform
     from tallstore.hub.checking import verify
     from tallstore.hub.pulling import pull
+    from tallstore.hub.pushing import push
     from tallstore.inspecting.statistics import Statistics
     from tallstore.loading.bundle import Bundle, open_bundle
     from tallstore.loading.model_weights import LoadResult
@@ -71,6 +73,7 @@ __all__ = [
     "Bundle",
     "BundleNotFoundError",
     "Calibration",
+    "CardError",
     "CheckpointNotFoundError",
     "Comparison",
     "DamagedCheckpointError",
@@ -116,6 +119,7 @@ __all__ = [
     "open_bundle",
     "pack",
     "pull",
+    "push",
     "train_masks",
     "verify",
 ]
@@ -136,6 +140,7 @@ _HOMES: Final = {
     "PackReport": "tallstore.packing",
     "compare": "tallstore.packing",
     "pack": "tallstore.packing",
+    "push": "tallstore.hub.pushing",
     "Calibration": "tallstore.tuning",
     "train_masks": "tallstore.tuning",
     "Problem": "tallstore.verifying",

@@ -16,6 +16,7 @@ TallstoreError
 ├── HubError                    the Hub refuses, or cannot be reached
 │   ├── HubAccessError          no token, or one that may not do that
 │   └── HubConflictError        somebody else pushed in the meantime
+├── CardError                   the model card, README.md, that cannot be read or is refused
 ├── InputError                  a checkpoint that cannot be packed
 │   ├── CheckpointNotFoundError
 │   ├── DamagedCheckpointError  truncated, or no tensor file at all
@@ -161,6 +162,18 @@ class HubAccessError(HubError):
 
 class HubConflictError(HubError):
     """Somebody else pushed in the meantime."""
+
+
+class CardError(TallstoreError):
+    """The model card, README.md, cannot be read, or the Hub refuses it.
+
+    Attributes:
+        where: the file, and the repository where it is there.
+    """
+
+    def __init__(self, where: str, problem: str) -> None:
+        super().__init__(f"{where}: {problem}")
+        self.where, self.problem = where, problem
 
 
 class InputError(TallstoreError):

@@ -79,6 +79,12 @@ def hash_file(path: Path, advance: Callable[[int], None] | None = None) -> Writt
     return Written(size, sha256.hexdigest(), sha1.hexdigest())
 
 
+def hash_bytes(raw: bytes) -> Written:
+    """Size and hashes of *raw*."""
+    blob = hashlib.sha1(b"blob %d\0" % len(raw) + raw, usedforsecurity=False)
+    return Written(len(raw), hashlib.sha256(raw).hexdigest(), blob.hexdigest())
+
+
 def _pieces(parts: tuple[bytes | Path, ...]) -> Iterator[bytes]:
     for part in parts:
         if isinstance(part, Path):

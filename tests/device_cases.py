@@ -9,15 +9,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 import tallstore
+from tallstore.checkpoints.torch_dtypes import TORCH_DTYPES
 from tallstore.format.dtypes import CHUNK_NUMEL
 from tallstore.format.payloads import row_count
 from tallstore.loading.device_expert import DeviceExpert
+from tallstore.loading.device_memory import DeviceMemory
+from tallstore.loading.device_pieces import Opener, is_for_device
 from tests import reference
 from tests.bundle_builder import Bundle, Group, Task
 from tests.number_cases import base_patterns, numbers_for, specials
 
+CPU = torch.device("cpu")
 NARROW = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 SHARED = ("LOG4", "I8", "F16", "BF16", "F32")
 SHAPES = ((13,), (7, 5), (3, 16), (), (2, 3, 2, 2), (30, 40), (3, 500))
@@ -173,6 +178,28 @@ def decoded(root: Path, decode: Callable[..., None], wanted: str | None = None) 
         return on_device(bundle, decode).tensors(bundle.keys("t"), None if wanted is None else getattr(torch, wanted))
 
 
+def remembered(root: Path, decode: Callable[..., None], device: torch.device = CPU) -> dict[str, torch.Tensor]:
+    """The coded tensors of the task "t", from a device's memory of what they are made of."""
+    with tallstore.open_bundle(root) as bundle:
+        expert = bundle._expert("t")
+        specs = {name: expert.spec(name) for name in bundle.keys("t")}
+        found = {
+            name: torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype], device=device) for name, spec in specs.items()
+        }
+        targets = {
+            name: tensor.view(-1)
+            for name, tensor in found.items()
+            if is_for_device(expert.task, expert.task.tensor(name), specs[name].dtype)
+        }
+        memory = DeviceMemory(device, decode, 0)
+        memory.hold(Opener(expert.task, bundle._files, bundle._pinned()), targets, {"t"})
+        bundle.close()  # nothing is read any more
+    for tensor in targets.values():
+        tensor.view(torch.uint8).fill_(0xA5)
+    memory.write("t")
+    return {name: found[name] for name in targets}
+
+
 def differing(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> list[str]:
     """Names of tensors that are not the same, but for the payloads of NaNs."""
     assert found.keys() == expected.keys()
@@ -182,3 +209,37 @@ def differing(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Te
         if not torch.equal(tensor.isnan(), expected[name].isnan())
         or not reference.same_bits(tensor[~tensor.isnan()], expected[name][~tensor.isnan()])
     ]
+
+
+class Net(nn.Module):
+    """Parameters of one dtype, of another and not contiguous, and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(40, 3, bias=False)
+        self.turned = nn.Parameter(torch.zeros(40, 3).t(), requires_grad=False)
+        self.narrow = nn.Parameter(torch.zeros(3, 40, dtype=torch.bfloat16), requires_grad=False)
+        self.register_buffer("count", torch.tensor(0))
+
+
+def write_net(root: Path) -> Bundle:
+    """Tasks "a" and "b" for it."""
+    random = np.random.default_rng(3)
+    names = ("layer.weight", "turned", "narrow")
+    base = {name: torch.from_numpy(random.standard_normal((3, 40))).float() for name in names}
+    base["count"] = torch.tensor(1)
+    group = Group(root, base)
+    tasks = []
+    for name in names:
+        group.vector(name, "I8", random.integers(-127, 128, 120), steps=[0.5, 0.25, 1.0])
+    for number, task in enumerate((Task(group, "a"), Task(group, "b"))):
+        for name in names:
+            task.mask(name, random.integers(0, 2, 120))
+        task.private("count", torch.tensor(10 + number))
+        tasks.append(task)
+    return Bundle(root, base, [group], tasks)
+
+
+def holds(model: nn.Module, expected: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a model has these tensors, in its own dtypes."""
+    return all(reference.same_bits(t, expected[name].to(t.dtype)) for name, t in model.state_dict().items())

@@ -14,7 +14,7 @@ import torch
 
 from tallstore.loading.device_decoders import computes_exactly
 from tallstore.loading.packed import Packed
-from tests.device_cases import decoded
+from tests.device_cases import decoded, remembered
 
 
 @contextlib.contextmanager
@@ -30,13 +30,13 @@ def _begin(environment: dict[str, str]) -> None:
     torch.set_num_threads(1)
 
 
-def interpret(root: Path, wanted: str | None = None) -> dict[str, bytes]:
-    """The bytes of every tensor of the task "t", decoded by the kernel."""
+def interpret(root: Path, wanted: str | None = None, *, kept: bool = False) -> dict[str, bytes]:
+    """The bytes of every tensor of the task "t", decoded by the kernel; of the coded ones, where all is kept."""
     from tallstore.loading.decode_triton import decode  # noqa: PLC0415 - Triton reads the environment
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of sums that overflow
-        found = decoded(root, decode, wanted)
+        found = remembered(root, decode) if kept else decoded(root, decode, wanted)
     return {name: tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for name, tensor in found.items()}
 
 

@@ -15,7 +15,19 @@ from typing import Annotated, Any, Final
 import typer
 
 import tallstore
-from tallstore.cli.commands import compare, consensus, demo, export, inspect, pack, pull, statistics, stitch, verify
+from tallstore.cli.commands import (
+    compare,
+    consensus,
+    demo,
+    export,
+    inspect,
+    pack,
+    pull,
+    push,
+    statistics,
+    stitch,
+    verify,
+)
 from tallstore.cli.help import Command, Group
 from tallstore.errors import TallstoreError
 
@@ -170,5 +182,6 @@ _add(export.export, export.USAGE, export.EXAMPLES)
 _add(compare.compare, compare.USAGE, compare.EXAMPLES)
 _add(consensus.consensus, consensus.USAGE, consensus.EXAMPLES)
 _add(stitch.stitch, stitch.USAGE, stitch.EXAMPLES)
+_add(push.push, push.USAGE, push.EXAMPLES)
 _add(pull.pull, pull.USAGE, pull.EXAMPLES)
 _add(demo.demo, demo.USAGE, demo.EXAMPLES)

@@ -18,11 +18,12 @@ from tallstore.errors import (
     OutputError,
     TallstoreError,
 )
-from tallstore.files import Written, hash_file
+from tallstore.files import hash_file
 from tallstore.format import layout
 from tallstore.format.parsing import MAX_JSON_NBYTES
+from tallstore.hub.changes import RemoteFile
 from tallstore.hub.ids import is_sha, shown
-from tallstore.hub.refusals import Reason, is_transport_error, refusal_of
+from tallstore.hub.refusals import Reason, refusal_of
 from tallstore.hub.retrying import is_passing, patiently
 
 Result = TypeVar("Result")
@@ -53,29 +54,7 @@ class Access:
 
 
 @dataclass(frozen=True)
-class RemoteFile:
-    """What the Hub says of a file, without sending it.
-
-    Attributes:
-        path: in the repository.
-        size: in bytes.
-        sha256: of a file that is kept outside git (LFS, Xet); None of others.
-        git_oid: the git blob id of a file that is kept in git; None of others.
-    """
-
-    path: str
-    size: int
-    sha256: str | None
-    git_oid: str | None
-
-    def is_made_of(self, written: Written) -> bool:
-        """Whether a file that came is this one."""
-        oid = written.git_oid if self.sha256 is None else written.sha256
-        return written.size == self.size and oid in {self.sha256, self.git_oid}
-
-
-@dataclass(frozen=True)
-class Repository:
+class PinnedRepository:
     """A repository of models at one commit.
 
     Attributes:
@@ -142,7 +121,7 @@ class Repository:
         return {each.path: _remote_file(each) for each in told if hasattr(each, "blob_id")}
 
 
-def pin(repo_id: str, revision: str | None, access: Access) -> tuple[Repository, Path]:
+def pin(repo_id: str, revision: str | None, access: Access) -> tuple[PinnedRepository, Path]:
     """Resolve a revision, by default ``main``, and have the commit's manifest in the cache.
 
     Costs one request where the cache has the manifest, three where not; none for the full sha of a commit whose
@@ -174,21 +153,20 @@ def pin(repo_id: str, revision: str | None, access: Access) -> tuple[Repository,
             if cached is None:
                 raise AssertionError("an error of the Hub was passed over without anything in the cache")
             return _pinned(repo_id, access, cached)
-        sha, told = found
-        if told.size > MAX_JSON_NBYTES:
-            problem = f"has {told.size} bytes, over the limit of {MAX_JSON_NBYTES}"
+        if found.size > MAX_JSON_NBYTES:
+            problem = f"has {found.size} bytes, over the limit of {MAX_JSON_NBYTES}"
             raise IntegrityError("JSON-4", f"{where}, {layout.MANIFEST}", problem)
-        if cached is None or cached.parent.name != sha or access.force_download:
+        if cached is None or cached.parent.name != found.sha or access.force_download:
             cached = _download_manifest(where, repo_id, revision, access)
-        if cached.parent.name == sha:  # else somebody pushed in between
-            _check_manifest(where, cached, told)
+        if cached.parent.name == found.sha:  # else somebody pushed in between
+            _check_manifest(where, cached, found)
             return _pinned(repo_id, access, cached)
     raise HubError(where, "changes faster than it can be read; try again, or name a commit")
 
 
-def _pinned(repo_id: str, access: Access, manifest: Path) -> tuple[Repository, Path]:
+def _pinned(repo_id: str, access: Access, manifest: Path) -> tuple[PinnedRepository, Path]:
     sha = manifest.parent.name  # the cache keeps a snapshot in a directory of its commit's name
-    return Repository(repo_id, sha, access, shown(repo_id, sha)), manifest.parent
+    return PinnedRepository(repo_id, sha, access, shown(repo_id, sha)), manifest.parent
 
 
 def _cached(repo_id: str, revision: str | None, access: Access) -> Path | None:
@@ -204,9 +182,22 @@ def _cached(repo_id: str, revision: str | None, access: Access) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def _head(
-    where: str, repo_id: str, revision: str | None, access: Access, cached: Path | None
-) -> tuple[str, RemoteFile] | None:
+@dataclass(frozen=True)
+class _Head:
+    """What the Hub says of a manifest, without sending it.
+
+    Attributes:
+        sha: of the commit that it is in.
+        size: in bytes.
+        etag: the sha256, or the git blob id, by which the Hub keeps it.
+    """
+
+    sha: str
+    size: int
+    etag: str
+
+
+def _head(where: str, repo_id: str, revision: str | None, access: Access, cached: Path | None) -> _Head | None:
     """The commit that a revision stands for, and what the Hub says of its manifest; None to take the cached one."""
     import huggingface_hub  # noqa: PLC0415
 
@@ -220,19 +211,17 @@ def _head(
         if isinstance(error, huggingface_hub.errors.RemoteEntryNotFoundError):
             problem = f"the repository has no {layout.MANIFEST}, it is no bundle; check the id and the revision"
             raise BundleNotFoundError(f"{where}: {problem}") from None
-        is_out_of_reach = is_passing(error) or is_transport_error(error)
-        if cached is None and is_transport_error(error):
+        is_lost = refusal_of(error).reason == "unreachable"
+        if cached is None and is_lost:
             problem = f"no such path here, and the Hub cannot be reached ({type(error).__name__}); check both"
             raise HubError(where, problem) from None
-        if cached is None or access.force_download or not is_out_of_reach:
+        if cached is None or access.force_download or not (is_lost or is_passing(error)):
             raise reading_error(where, error) from None
         warn(f"{where}: the Hub cannot be reached; takes the commit {cached.parent.name[:12]} from the cache")
         return None
     if told.commit_hash is None or told.etag is None or told.size is None:
         raise HubError(where, "what answers there is no Hub: it names no commit; check HF_ENDPOINT, or the proxy")
-    is_large = len(told.etag) == 64  # sha256; git's blob ids have 40 digits
-    sha256, git_oid = (told.etag, None) if is_large else (None, told.etag)
-    return told.commit_hash, RemoteFile(layout.MANIFEST, told.size, sha256, git_oid)
+    return _Head(told.commit_hash, told.size, told.etag)
 
 
 def _download_manifest(where: str, repo_id: str, revision: str | None, access: Access) -> Path:
@@ -254,9 +243,10 @@ def _download_manifest(where: str, repo_id: str, revision: str | None, access: A
     )
 
 
-def _check_manifest(where: str, manifest: Path, told: RemoteFile) -> None:
+def _check_manifest(where: str, manifest: Path, head: _Head) -> None:
     """A manifest that was changed on its way, or in the cache, may be sealed as well as the true one."""
-    if not told.is_made_of(hash_file(manifest)):
+    written = hash_file(manifest)
+    if written.size != head.size or head.etag not in {written.sha256, written.git_oid}:
         discard(manifest)
         problem = "is not the file that the Hub has; it was removed from the cache, try again"
         raise IntegrityError("FILE-2", f"{where}, {layout.MANIFEST}", problem)
@@ -319,9 +309,7 @@ def reading_error(where: str, error: Exception) -> TallstoreError:
 
 
 def _remote_file(told: Any) -> RemoteFile:  # noqa: ANN401 - the client's RepoFile
-    if told.lfs is None:
-        return RemoteFile(told.path, told.size, None, told.blob_id)
-    return RemoteFile(told.path, told.lfs.size, told.lfs.sha256, None)
+    return RemoteFile(told.path, told.size, told.lfs.sha256 if told.lfs else None, told.blob_id)
 
 
 def _batched(items: list[str], count: int) -> Iterator[list[str]]:

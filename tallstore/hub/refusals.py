@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 Reason: TypeAlias = Literal[
     "gated",
@@ -15,6 +15,11 @@ Reason: TypeAlias = Literal[
     "unreachable",
     "other",
 ]
+
+_PASSING_STATUSES: Final = frozenset({408, 425, 429})
+# Of the HTTP client below the Hub's: no answer came, or not to its end. Last, what hf_xet raises then.
+_PASSING_ERRORS: Final = frozenset({"TimeoutException", "NetworkError", "RemoteProtocolError"})
+_UNREACHABLE: Final = _PASSING_ERRORS | {"LocalEntryNotFoundError", "ProxyError", "OfflineModeIsEnabled"}
 
 
 class Refusal(NamedTuple):
@@ -55,14 +60,22 @@ def _reason(error: Exception) -> Reason:
         return "stale parent"
     if status is not None:
         return "busy"
-    lost = isinstance(error, errors.LocalEntryNotFoundError) or is_transport_error(error)
-    return "unreachable" if lost else "other"
+    return "unreachable" if _broke_off(error, _UNREACHABLE) else "other"
 
 
-def is_transport_error(error: Exception) -> bool:
-    """Whether the connection is to blame, below the client, whichever library of HTTP it has; not what was asked."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return "TransportError" in names and not names & {"LocalProtocolError", "UnsupportedProtocol"}
+def may_pass(error: Exception) -> bool:
+    """Whether the same request may be answered a moment later."""
+    status = _status(error)
+    return _broke_off(error, _PASSING_ERRORS) if status is None else status in _PASSING_STATUSES or status >= 500
+
+
+def _broke_off(error: BaseException | None, kinds: frozenset[str]) -> bool:
+    """Whether it is, or was caused by, an error of these classes, by their names: what library they are of, varies."""
+    while error is not None:
+        if any(kind.__name__ in kinds for kind in type(error).__mro__):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _status(error: BaseException | None) -> int | None:

@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-from tallstore.hub.refusals import is_transport_error
+from tallstore.hub.refusals import may_pass
 
 Result = TypeVar("Result")
 
 _WAITS: Final = (0.5, 1.0, 2.0, 4.0)  # seconds
 _LONGEST_WAIT: Final = 30.0  # whatever the Hub asks for
-_NOBODY_THERE: Final = frozenset({"ConnectError", "ConnectTimeout"})  # most often there is no network at all
-_PASSING: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
+# Most often there is no network at all; or the client has tried for long.
+_SETTLED: Final = frozenset({"ConnectError", "ConnectTimeout", "LocalEntryNotFoundError"})
 
 
 def patiently(action: Callable[[], Result]) -> Result:
@@ -37,15 +37,12 @@ def patiently(action: Callable[[], Result]) -> Result:
 
 
 def is_passing(error: Exception) -> bool:
-    """Whether what failed may go well the next time."""
-    response = getattr(error, "response", None)
-    if response is not None:
-        return response.status_code in _PASSING
-    if type(error).__name__ in _NOBODY_THERE:
+    """Whether what failed may go well the next time, and the client has not found out yet."""
+    if type(error).__name__ in _SETTLED:
         return False
     # A body that ended early is an OSError without a number to the client, and what Xet lost a RuntimeError.
     is_short = type(error) is OSError and error.errno is None
-    return is_short or type(error) is RuntimeError or is_transport_error(error)
+    return may_pass(error) or is_short or type(error) is RuntimeError
 
 
 def _retry_after(error: Exception) -> float | None:

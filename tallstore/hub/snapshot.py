@@ -11,7 +11,7 @@ from tallstore.format import layout
 from tallstore.format.manifest import FileEntry
 from tallstore.hub import transfer
 from tallstore.hub.ids import HubId, on_hub
-from tallstore.hub.pinned import Access, Repository, discard, pin
+from tallstore.hub.pinned import Access, PinnedRepository, discard, pin
 from tallstore.meter import Progress
 
 
@@ -24,7 +24,7 @@ class Snapshot:
         where: what messages call the bundle.
     """
 
-    def __init__(self, repository: Repository, root: Path, max_workers: int = transfer.MAX_WORKERS) -> None:
+    def __init__(self, repository: PinnedRepository, root: Path, max_workers: int = transfer.MAX_WORKERS) -> None:
         self.repository, self.root, self.where = repository, root, repository.where
         self.max_workers = max_workers
         self._settled: set[str] = set()

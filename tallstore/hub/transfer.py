@@ -13,7 +13,8 @@ from tallstore.errors import FormatError, IntegrityError, OutputError
 from tallstore.files import hash_file
 from tallstore.format.manifest import FileEntry
 from tallstore.hub.bars import StoppedError, bar_class
-from tallstore.hub.pinned import RemoteFile, Repository, discard
+from tallstore.hub.changes import RemoteFile
+from tallstore.hub.pinned import PinnedRepository, discard
 from tallstore.meter import Meter, Progress
 from tallstore.sizes import readable
 
@@ -21,7 +22,7 @@ MAX_WORKERS: Final = 8
 
 
 def download(
-    repository: Repository,
+    repository: PinnedRepository,
     entries: Sequence[FileEntry],
     room: Path,
     *,
@@ -67,7 +68,7 @@ def download(
     meter.end_phase()
 
 
-def _download_one(repository: Repository, entry: FileEntry, bar: type[Any], local_dir: Path | None) -> None:
+def _download_one(repository: PinnedRepository, entry: FileEntry, bar: type[Any], local_dir: Path | None) -> None:
     place = repository.download(entry.path, bar, local_dir)
     problem = difference(place, entry)
     if problem is not None:
@@ -106,9 +107,10 @@ def broken_promise(entry: FileEntry, told: RemoteFile | None) -> tuple[str, str]
         return "FILE-4", "is not in the repository"
     if told.size != entry.size:
         return "FILE-1", f"has {told.size} bytes on the Hub, the manifest says {entry.size}"
-    if told.sha256 not in {None, entry.sha256}:
-        return "FILE-2", "has another sha256 on the Hub than the manifest says"
-    if told.git_oid is not None and entry.git_oid not in {None, told.git_oid}:
+    if told.sha256 is not None:
+        is_same = told.sha256 == entry.sha256
+        return None if is_same else ("FILE-2", "has another sha256 on the Hub than the manifest says")
+    if entry.git_oid not in {None, told.git_oid}:
         return "FILE-5", "has another git blob id on the Hub than the manifest says"
     return None
 

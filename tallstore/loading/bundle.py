@@ -35,6 +35,7 @@ from tallstore.meter import Progress
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from huggingface_hub import CommitInfo
     from typing_extensions import Self
 
 
@@ -205,7 +206,14 @@ class Bundle:
         expert = self._expert(task)
         return load_expert(expert, model, partial(DeviceExpert.on, expert, self._files, self._pinned()), strict=strict)
 
-    def attach(self, model: nn.Module, strict: bool = True, cache_nbytes: int = 1 << 30) -> Switcher:  # noqa: FBT001, FBT002 - as load_into
+    def attach(
+        self,
+        model: nn.Module,
+        strict: bool = True,  # noqa: FBT001, FBT002 - as load_into
+        cache_nbytes: int = 1 << 30,
+        *,
+        on_device: bool = False,
+    ) -> Switcher:
         """Let a model take this bundle's experts in turn, in place.
 
             switcher = bundle.attach(model)
@@ -222,6 +230,10 @@ class Bundle:
                 expert lacks is as in the base; what the base lacks too is left as the model had it.
             cache_nbytes: how many bytes of tasks' masks and whole tensors, decoded, stay in memory beside those of the
                 active task; a mask takes 1 to 4 bits a parameter.
+            on_device: keep the base, the vectors that tasks share and these masks on the devices that the model is on,
+                packed: about as much memory again as the model takes there. A switch then decodes from there alone, a
+                hundred times as fast as from the CPU's memory; the first one to each task brings what it needs.
+                *cache_nbytes* then bounds the masks on each device.
 
         Raises:
             OptionError: the model has no tensor of the base's, or *cache_nbytes* is negative.
@@ -234,6 +246,7 @@ class Bundle:
             strict=strict,
             cache_nbytes=cache_nbytes,
             keep_base=self._verify != "always",
+            on_device=on_device,
         )
 
     @property
@@ -324,6 +337,35 @@ class Bundle:
             UnknownTaskError, NotFetchedError, FormatError, IntegrityError: as `tensor`.
         """
         return measure_masks(self._files, tasks, progress)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        overwrite: bool = False,
+        progress: Progress | None = None,
+    ) -> CommitInfo:
+        """Push the bundle to the Hub, as `tallstore.push`, whose arguments, result and errors these are."""
+        from tallstore.hub.pushing import push  # noqa: PLC0415 - what only a push needs
+
+        return push(
+            self.path,
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            overwrite=overwrite,
+            progress=progress,
+        )
 
     def _merging(self, tasks: Sequence[str] | None) -> Merging:
         if isinstance(tasks, str):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from tallstore.format.manifest import BasedTensor, BaseTensor
 from tallstore.loading.decode import copy_cast
 from tallstore.loading.expert import Expert
+from tallstore.loading.model_slots import Slot
 from tallstore.loading.pinned_base import PinnedBase
 
 
@@ -43,6 +44,13 @@ class OfExpert:
 Content: TypeAlias = OwnContent | OfBase | OfExpert
 
 
+class Write(NamedTuple):
+    """A piece of the model's memory, and what it is to hold."""
+
+    slot: Slot
+    content: Content
+
+
 @dataclass(frozen=True)
 class State:
     """What the model is: a task's expert, or the base; and what every slot holds then."""
@@ -67,6 +75,10 @@ class State:
                 if isinstance(tensor, BasedTensor):
                     found[tensor.base_name] = content.expert.task.base[tensor.base_name]
         return list(found.values())
+
+    def without(self, names: Container[str]) -> State:
+        """The same of all slots but these."""
+        return State(self.task, {name: content for name, content in self.contents.items() if name not in names})
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ _SHARED_DTYPES: Final[Mapping[SharedDtype, torch.dtype]] = {
 @torch.no_grad()
 def decode(packed: Packed) -> None:
     """Write every piece to its destination; see `Decode`."""
+    packed = packed.together()
     wanted = TORCH_DTYPES[packed.form.wanted]
     device = packed.regions["blocks"].device
     elements = torch.empty(packed.block_count, BLOCK_NUMEL, dtype=wanted, device=device)

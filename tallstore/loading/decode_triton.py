@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from tallstore.format.dtypes import itemsize
-from tallstore.loading.packed import BITS, BLOCK_NUMEL, COLUMNS, Packed, Region
+from tallstore.loading.packed import BITS, BLOCK_NUMEL, COLUMNS, PLACES, Packed, Region
 
 OPTIONS: Final[Mapping[str, int | bool]] = {
     "num_warps": BLOCK_NUMEL // 8 // 32,  # a row of 8 elements a thread
@@ -72,6 +72,7 @@ def arguments(packed: Packed) -> tuple[list[torch.Tensor], dict[str, object]]:
         "ALIGNED": all(destination.data_ptr() % _VECTOR_NBYTES == 0 for destination in packed.destinations),
         "BLOCK": BLOCK_NUMEL,
         "COLUMNS": COLUMNS,
+        "PLACES": PLACES,
     }
 
 
@@ -101,6 +102,7 @@ def _decode(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PLACES: tl.constexpr,
 ) -> None:
     block = tl.program_id(0)
     piece = table + tl.load(blocks + block) * COLUMNS
@@ -108,11 +110,11 @@ def _decode(
     first_block = tl.load(piece + 2).to(tl.int32)
     lanes = tl.arange(0, 8)
     words = block * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
-    flat = words[:, None] * 8 + lanes[None, :]
-    here_words = (words - first_block * (BLOCK // 8)) * 8
+    piece_words = words - first_block * (BLOCK // 8)
+    here_words = piece_words * 8
     here = here_words[:, None] + lanes[None, :]
 
-    kept = tl.load(base + flat)
+    kept = tl.load(base + _place(piece + PLACES) + here)
     bits = _cast(kept, BASE, RESULT)
     if KIND != "same":
         fields = (tl.load(codes + words).to(tl.int32)[:, None] >> (lanes * CODE_WIDTH)[None, :]) & (
@@ -125,10 +127,10 @@ def _decode(
         elif VALUES == "":
             delta = _level(fields, KIND, LEVELS) * scale
         else:
-            delta = _shared(values, flat, words, lanes, VALUES) * scale
+            delta = _shared(values, piece + PLACES + 1, here, piece_words, lanes, VALUES) * scale
             if KIND == "two-level":
                 scale_lo = _scale(scales, piece + 6, here_words, here, count, RUN_LO)
-                lower = _shared(values_lo, flat, words, lanes, VALUES_LO) * scale_lo
+                lower = _shared(values_lo, piece + PLACES + 2, here, piece_words, lanes, VALUES_LO) * scale_lo
             elif KIND == "signed":
                 lower = tl.where(fields == 2, -delta, 0.0)
             else:
@@ -137,7 +139,7 @@ def _decode(
         total = _value(kept, BASE)
         if CENTRE != "":
             scale_centre = _scale(scales, piece + 9, here_words, here, count, RUN_CENTRE)
-            total += _shared(centre, flat, words, lanes, CENTRE) * scale_centre
+            total += _shared(centre, piece + PLACES + 3, here, piece_words, lanes, CENTRE) * scale_centre
         bits = tl.where(delta == 0.0, bits, _rounded(total + delta, RESULT))
     bits = _cast(bits, RESULT, WANTED)
 
@@ -177,14 +179,23 @@ def _row(row: tl.tensor, place: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _shared(pointer: tl.tensor, flat: tl.tensor, words: tl.tensor, lanes: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
+def _place(column: tl.tensor) -> tl.tensor:
+    """Where in a region a piece begins; pieces lie at multiples of 512 bytes, or of whole blocks."""
+    return tl.multiple_of(tl.load(column), 128)
+
+
+@triton.jit
+def _shared(
+    region: tl.tensor, column: tl.tensor, here: tl.tensor, words: tl.tensor, lanes: tl.tensor, DTYPE: tl.constexpr
+) -> tl.tensor:
     """Values of a shared vector, float32."""
+    pointer = region + _place(column)
     if DTYPE == "LOG4":
         code = (tl.load(pointer + words)[:, None] >> (lanes * 4)[None, :]) & 15
         odd = code & 1  # 181/256 is 2^-1 times 1 + 0x350000 / 2^23
         value = (((127 - (code >> 1) - odd) << 23) | (odd * 0x350000)).to(tl.float32, bitcast=True)
     else:
-        value = _value(tl.load(pointer + flat), DTYPE)
+        value = _value(tl.load(pointer + here), DTYPE)
     return value
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -12,22 +12,18 @@ from torch.autograd.graph import increment_version
 from tallstore.checkpoints.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
 from tallstore.errors import OptionError
 from tallstore.format.bundle_files import BundleFiles
-from tallstore.loading import parallel
 from tallstore.loading.device_decoders import current, decoder_for
 from tallstore.loading.device_pieces import Opener, is_for_device
 from tallstore.loading.expert import Expert
-from tallstore.loading.packed import Batch, Decode, Piece
+from tallstore.loading.packed import Decode, Piece
 from tallstore.loading.pinned_base import PinnedBase
-from tallstore.loading.staging import Staging, staging_for
-
-#: Of a batch: more than a chunk ever takes, and chunks for several threads to read and check at once.
-_BATCH_NBYTES: Final = 32 << 20
+from tallstore.loading.sending import Sender
 
 
 class DeviceExpert:
     """One task's tensors, rebuilt on a device; where that cannot be, on the CPU, and moved.
 
-    Memory beyond the result, on the CPU and on the device each: three batches of up to 32 MiB, one where copies are not
+    Memory beyond the result, on the CPU and on the device each: four batches of up to 32 MiB, one where copies are not
     asynchronous; without Triton, also a decoded batch and some 50 MiB on the device. One thread may use it.
     """
 
@@ -44,8 +40,8 @@ class DeviceExpert:
             decode: for that device; None to rebuild on the CPU.
         """
         self._expert, self._files, self._opener = expert, files, Opener(expert.task, files, base)
-        self._device, self._decode = device, decode
-        self._ring: Staging | None = None
+        self._device = device
+        self._sender = None if decode is None else Sender(device, decode)
 
     @classmethod
     def on(cls, expert: Expert, files: BundleFiles, base: PinnedBase, device: torch.device) -> DeviceExpert:
@@ -104,39 +100,17 @@ class DeviceExpert:
 
     def _write(self, destinations: Iterable[tuple[str, Tensor]]) -> None:
         with current(self._device):
-            self._send(self._pieces(destinations))
+            pieces = self._pieces(destinations)
+            if self._sender is None:
+                deque(pieces, maxlen=0)  # there are none
+            else:
+                self._sender.write(pieces)
 
     def _pieces(self, destinations: Iterable[tuple[str, Tensor]]) -> Iterator[Piece]:
         """What is decoded on the device; the rest is written in passing."""
         for name, destination in destinations:
             tensor, wanted = self._expert.task.tensor(name), DTYPE_NAMES.get(destination.dtype)
-            if self._decode is not None and wanted is not None and is_for_device(self._expert.task, tensor, wanted):
+            if self._sender is not None and wanted is not None and is_for_device(self._expert.task, tensor, wanted):
                 yield from self._opener.pieces(tensor, wanted, destination)
             else:
                 destination.copy_(self._expert.tensor(name, destination.dtype).view(-1))
-
-    def _send(self, pieces: Iterable[Piece]) -> None:
-        for batch in _batches(pieces):
-            if self._decode is None:
-                raise AssertionError("pieces for a device without a decoder")
-            if self._ring is None:
-                self._ring = staging_for(self._device)
-            slot = self._ring.slot(batch.nbytes)
-            parallel.run(batch.fill(slot.host.numpy()))
-            for packed in batch.packed(self._ring.send(slot, batch.nbytes)):
-                self._decode(packed)
-            self._ring.release(slot)
-
-
-def _batches(pieces: Iterable[Piece]) -> Iterator[Batch]:
-    """Pieces together, as many as a batch has room for."""
-    members: list[Piece] = []
-    nbytes = 0
-    for piece in pieces:
-        if members and nbytes + piece.nbytes > _BATCH_NBYTES:
-            yield Batch(members)
-            members, nbytes = [], 0
-        members.append(piece)
-        nbytes += piece.nbytes
-    if members:
-        yield Batch(members)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from tallstore.format.bundle_files import BundleFiles, Task
 from tallstore.format.dtypes import CHUNK_NUMEL, Dtype, chunk_count, chunk_spans, itemsize
 from tallstore.format.manifest import (
     BasedTensor,
+    BaseTensor,
     ExtendedTensor,
     Mask,
     PrivateTensor,
@@ -49,12 +50,41 @@ from tallstore.loading.pinned_base import PinnedBase
 _NARROW: Final = frozenset({"F16", "BF16", "F32"})
 
 
+class BaseKey(NamedTuple):
+    """Elements [start, stop) of a tensor of the base, whatever is added to them."""
+
+    tensor: str
+    start: int
+    stop: int
+
+
+class VectorKey(NamedTuple):
+    """Elements [start, stop) of a vector that a group's tasks share.
+
+    Attributes:
+        group: its directory.
+        tensor: of the base, which it is for.
+    """
+
+    group: str
+    tensor: str
+    role: Role
+    start: int
+    stop: int
+
+
 def is_for_device(task: Task, tensor: Whole, wanted: Dtype) -> bool:
     """Whether a tensor of *task* can be rebuilt on a device, *wanted* there; it is copied only, or of narrow floats."""
-    dtypes: set[str] = {tensor.dtype, wanted}
+    dtypes = {tensor.dtype, wanted}
     if isinstance(tensor, BasedTensor):
         dtypes.add(task.base[tensor.base_name].dtype)
     return dtypes <= _NARROW or (len(dtypes) == 1 and coded_part(tensor) is None)
+
+
+def is_copied_there(stored: Dtype, own: Dtype, wanted: Dtype) -> bool:
+    """Whether the base's elements can be cast on a device; arguments as for `base_pieces`."""
+    dtypes = {stored, own, wanted}
+    return dtypes <= _NARROW or len(dtypes) == 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +115,8 @@ class Opener:
         border = math.prod(leading_shape(tensor)) if isinstance(tensor, ExtendedTensor) else numel
         coded = coded_part(tensor)
         if coded is None:
-            yield from self._same(tensor, wanted, bits[:border])
+            origin = self.task.base[tensor.base_name]
+            yield from base_pieces(self.base, origin, tensor.dtype, wanted, destination[:border])
         else:
             yield from self._coded(coded, tensor.dtype, wanted, bits[:border])
         if isinstance(tensor, ExtendedTensor) and border < numel:
@@ -98,11 +129,6 @@ class Opener:
         form = _copied(own, own, wanted)
         for index, (start, stop) in enumerate(chunk_spans(stored.numel)):
             yield Piece(form, bits[start:stop], {"base": partial(payload.chunk, index)}, {})
-
-    def _same(self, tensor: BasedTensor, wanted: Dtype, bits: Tensor) -> Iterator[Piece]:
-        form = _copied(self.task.base[tensor.base_name].dtype, tensor.dtype, wanted)
-        for start, stop in chunk_spans(bits.numel()):
-            yield Piece(form, bits[start:stop], {"base": self._base_bytes(tensor.base_name, start, stop)}, {})
 
     def _coded(self, coded: Coded, own: Dtype, wanted: Dtype, bits: Tensor) -> Iterator[Piece]:
         if not coded.numel:
@@ -128,17 +154,19 @@ class Opener:
         )
         for index, (start, stop) in enumerate(chunk_spans(coded.numel)):
             sources: dict[Region, Source] = {
-                "base": self._base_bytes(coded.base_name, start, stop),
+                "base": _base_bytes(self.base, coded.base_name, start, stop),
                 "codes": partial(codes.chunk, index),
             }
+            keys: dict[Region, Hashable] = {"base": BaseKey(coded.base_name, start, stop)}
             for name, vector in vectors.items():
                 sources[name] = partial(vector.payload.chunk, index)
+                keys[name] = VectorKey(self.task.group.directory, coded.base_name, vector.role, start, stop)
             count = 0
             if own_values is not None:
                 first, last = own_values.span(index)
                 count, sources["values"] = last - first, partial(own_values.read, first, last)
             rows = {name: Rows.of(*found, start, stop - start) for name, found in scales.items()}
-            yield Piece(form, bits[start:stop], sources, rows, count)
+            yield Piece(form, bits[start:stop], sources, rows, count, keys)
 
     def _vectors(self, coded: Coded) -> dict[Scaled, _Vector]:
         """The shared vectors of what is coded, opened."""
@@ -149,7 +177,7 @@ class Opener:
         for name, role in names.items():
             vector = self.task.group.vector(coded.base_name, role)
             stored = vector_values_of(vector, self.task.base[coded.base_name].shape)
-            vectors[name] = _Vector(self.files.payload(self.task.group, stored), vector.dtype)
+            vectors[name] = _Vector(role, self.files.payload(self.task.group, stored), vector.dtype)
         return vectors
 
     def _scales(self, coded: Coded) -> dict[Scaled, tuple[NDArray[np.float32], int]]:
@@ -164,12 +192,10 @@ class Opener:
             scales["centre"] = (np.ones(1, np.float32), coded.numel) if steps is None else steps
         return scales
 
-    def _base_bytes(self, name: str, start: int, stop: int) -> Source:
-        return lambda: self.base.read(name, start, stop).view(torch.uint8).numpy()
-
 
 @dataclass(frozen=True, slots=True)
 class _Vector:
+    role: Role
     payload: PayloadReader
     dtype: SharedDtype
 
@@ -223,6 +249,28 @@ def _kind(coded: Coded) -> Kind:
     if isinstance(code, Sign):
         return "sign"
     return "sparse" if isinstance(code, Sparse) else "uniform"
+
+
+def base_pieces(
+    base: PinnedBase, tensor: BaseTensor, own: Dtype, wanted: Dtype, destination: Tensor
+) -> Iterator[Piece]:
+    """The first elements of a tensor of the base, in the dtype *own*, then cast, chunk by chunk; reads none of them.
+
+    Args:
+        base: that is read.
+        tensor: of its table.
+        own: which its elements are rounded to.
+        wanted: dtype of *destination*.
+        destination: [n], contiguous.
+    """
+    form, bits = _copied(tensor.dtype, own, wanted), destination.view(BITS[itemsize(wanted)][1])
+    for start, stop in chunk_spans(bits.numel()):
+        source: dict[Region, Source] = {"base": _base_bytes(base, tensor.name, start, stop)}
+        yield Piece(form, bits[start:stop], source, {}, keys={"base": BaseKey(tensor.name, start, stop)})
+
+
+def _base_bytes(base: PinnedBase, name: str, start: int, stop: int) -> Source:
+    return lambda: base.read(name, start, stop).view(torch.uint8).numpy()
 
 
 def _copied(source: Dtype, own: Dtype, wanted: Dtype) -> Form:

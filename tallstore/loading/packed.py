@@ -7,8 +7,8 @@ belongs to one piece, no byte to two, and every region is aligned. What is behin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Final, Literal, TypeAlias
 
@@ -26,9 +26,10 @@ from tallstore.loading.parallel import Job
 BLOCK_NUMEL: Final = 1024
 """Elements that a kernel's program decodes; also those that have one rank of a sparse tensor's values."""
 
-COLUMNS: Final = 12
+COLUMNS: Final = 16
 """Numbers of a piece in the table: address, elements, first block; for each of `SCALED` its first scale's place in
-`scales`, how many of the piece's elements that scale is for, and how many each further one."""
+`scales`, how many of the piece's elements that scale is for, and how many each further one; for each of `PLACED` where
+the piece begins there, in the region's units."""
 
 BITS: Final[Mapping[int, tuple[Dtype, torch.dtype]]] = {
     1: ("U8", torch.uint8),
@@ -44,6 +45,14 @@ Region: TypeAlias = Literal["table", "blocks", "scales", "base", "codes", "value
 Source: TypeAlias = Callable[[], Bytes]
 
 SCALED: Final[tuple[Scaled, ...]] = ("values", "values_lo", "centre")
+PLACED: Final[tuple[Region, ...]] = ("base", "values", "values_lo", "centre")
+"""Regions that may lie elsewhere, piece by piece: what tasks have in common."""
+
+PLACES: Final = 3 + 3 * len(SCALED)
+"""The first of the table's columns for `PLACED`."""
+
+ALIGNMENT: Final = 512
+"""Bytes: of the pieces that lie elsewhere."""
 
 _REGIONS: Final[tuple[Region, ...]] = (
     "table", "blocks", "scales", "base", "codes", "values", "values_lo", "centre", "ranks",
@@ -94,6 +103,11 @@ class Form:
         widths: dict[Region, int] = {name: SHARED[dtype].width for name, dtype in shared.items() if dtype is not None}
         return {"base": 8 * itemsize(self.base), "codes": self.code_width, **widths}
 
+    def unit_nbytes(self, name: Region) -> int:
+        """Bytes of what a region's elements are read as: one element, or eight whose fields make up an integer."""
+        width = self.widths[name]
+        return width if width < 8 else width // 8
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -137,6 +151,7 @@ class Piece:
         sources: the packed bytes of a region, by its name; each reads and checks when it is called.
         rows: the scales of each of `SCALED` that the form has.
         value_count: values of a sparse tensor among `sources`.
+        keys: of sources that other tasks have, too: what one is called wherever it is the same.
     """
 
     form: Form
@@ -144,16 +159,17 @@ class Piece:
     sources: Mapping[Region, Source]
     rows: Mapping[Scaled, Rows]
     value_count: int = 0
+    keys: Mapping[Region, Hashable] = field(default_factory=dict)
 
     @property
     def block_count(self) -> int:
         """Blocks that it takes."""
         return -(-self.destination.numel() // BLOCK_NUMEL)
 
-    @property
-    def nbytes(self) -> int:
-        """About how many bytes it takes of a batch; never less."""
-        bits = self.block_count * BLOCK_NUMEL * sum(self.form.widths.values())
+    def nbytes(self, elsewhere: Container[Hashable] = ()) -> int:
+        """About how many bytes it takes of a batch, but for what has its key in *elsewhere*; never less."""
+        away = {name for name, key in self.keys.items() if key in elsewhere}
+        bits = self.block_count * BLOCK_NUMEL * sum(w for name, w in self.form.widths.items() if name not in away)
         values = 4 * self.value_count + 4 * sum(rows.scales.size for rows in self.rows.values())
         return bits // 8 + values + 8 * COLUMNS + 8 * self.block_count + len(_REGIONS) * _ALIGNMENT
 
@@ -168,21 +184,36 @@ class Packed:
         runs: for each of `SCALED`, from which place on a piece's elements may have another scale than those before:
             from every one (1), from every eighth (8), or from none (0).
         regions: uint8 tensors, each aligned and of whole blocks; those that the form has.
+        elsewhere: the regions that do not lie there, as one such tensor a piece.
     """
 
     form: Form
     destinations: Sequence[Tensor]
     runs: Mapping[Scaled, int]
     regions: Mapping[Region, Tensor]
+    elsewhere: Mapping[Region, Sequence[Tensor]] = field(default_factory=dict)
 
     @property
     def block_count(self) -> int:
         """Blocks of all pieces."""
         return self.regions["blocks"].numel() // 4
 
+    @property
+    def nbytes(self) -> int:
+        """Of the regions that are not elsewhere."""
+        return sum(region.nbytes for region in self.regions.values())
+
     def region(self, name: Region, dtype: torch.dtype) -> Tensor:
-        """The elements of a region."""
-        return self.regions[name].view(dtype)
+        """The elements of a region; of its first piece, where that is elsewhere."""
+        found = self.elsewhere[name][0] if name in self.elsewhere else self.regions[name]
+        return found.view(dtype)
+
+    def together(self) -> Packed:
+        """The same with copies of what is elsewhere: every region is one run of bytes."""
+        if not self.elsewhere:
+            return self
+        copied = {name: torch.cat(list(pieces)) for name, pieces in self.elsewhere.items()}
+        return Packed(self.form, self.destinations, self.runs, {**self.regions, **copied})
 
 
 Decode: TypeAlias = Callable[[Packed], None]
@@ -197,14 +228,20 @@ class Batch:
         nbytes: of the run of bytes that holds all of it.
     """
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
+    def __init__(self, pieces: Sequence[Piece], elsewhere: Mapping[Hashable, Tensor] | None = None) -> None:
+        """Read nothing yet.
+
+        Args:
+            pieces: at least one.
+            elsewhere: sources that are on the device, by their keys: uint8 [whole blocks], at multiples of `ALIGNMENT`.
+        """
         by_form: dict[Form, list[Piece]] = {}
         for piece in pieces:
             by_form.setdefault(piece.form, []).append(piece)
         self.nbytes = 0
         self._groups: list[_Group] = []
         for form, members in by_form.items():
-            self._groups.append(_Group(form, members, self.nbytes))
+            self._groups.append(_Group(form, members, self.nbytes, elsewhere or {}))
             self.nbytes = self._groups[-1].stop
 
     def fill(self, host: Bytes) -> Iterator[Job]:
@@ -234,8 +271,12 @@ class Batch:
 class _Group:
     """Pieces of one form, and where in the batch they lie."""
 
-    def __init__(self, form: Form, pieces: Sequence[Piece], start: int) -> None:
+    def __init__(self, form: Form, pieces: Sequence[Piece], start: int, elsewhere: Mapping[Hashable, Tensor]) -> None:
         self.form, self.pieces = form, pieces
+        self.elsewhere: dict[Region, list[Tensor]] = {}
+        for name in PLACED:
+            if all(piece.keys.get(name) in elsewhere for piece in pieces):
+                self.elsewhere[name] = [elsewhere[piece.keys[name]] for piece in pieces]
         self.blocks = _starts([piece.block_count for piece in pieces])
         self.values = _starts([piece.value_count for piece in pieces])
         self.runs = {name: _run_of([piece.rows[name] for piece in pieces if name in piece.rows]) for name in SCALED}
@@ -259,6 +300,7 @@ class _Group:
                 column = 3 + 3 * SCALED.index(name)
                 table[index, column : column + 3] = first_scale, rows.first, rows.length
                 first_scale += rows.scales.size
+            table[index, PLACES:] = [self._place(name, index) for name in PLACED]
         counts = np.diff(self.blocks)
         self._view(host, "blocks").view(np.int32)[:] = np.repeat(np.arange(len(self.pieces), dtype=np.int32), counts)
         self._view(host, "scales").view(np.float32)[:] = self.scales
@@ -267,6 +309,8 @@ class _Group:
         """Read a piece, and write it to its place in every region."""
         piece, first, last = self.pieces[index], self.blocks[index], self.blocks[index + 1]
         for name, source in piece.sources.items():
+            if name in self.elsewhere:
+                continue
             view = self._view(host, name)
             if name == "values" and self.form.kind == "sparse":
                 width = SHARED[self._values_dtype].itemsize
@@ -283,7 +327,17 @@ class _Group:
     def packed(self, staged: Tensor) -> Packed:
         """The group in the batch's bytes on the device."""
         regions = {name: staged[start:stop] for name, (start, stop) in self.spans.items()}
-        return Packed(self.form, [piece.destination for piece in self.pieces], self.runs, regions)
+        return Packed(self.form, [piece.destination for piece in self.pieces], self.runs, regions, self.elsewhere)
+
+    def _place(self, name: Region, index: int) -> int:
+        """Where in a region a piece begins, in units; of what is elsewhere, seen from its first piece."""
+        if name not in self.form.widths:
+            return 0
+        unit = self.form.unit_nbytes(name)
+        if name in self.elsewhere:
+            first, piece = self.elsewhere[name][0], self.elsewhere[name][index]
+            return (piece.data_ptr() - first.data_ptr()) // unit
+        return self.blocks[index] * (BLOCK_NUMEL * self.form.widths[name] // 8) // unit
 
     @cached_property
     def _values_dtype(self) -> SharedDtype:
@@ -293,6 +347,8 @@ class _Group:
 
     def _nbytes(self, name: Region) -> int | None:
         """Of a region; None where the form has none."""
+        if name in self.elsewhere:
+            return None
         block_count = self.blocks[-1]
         fixed: Mapping[Region, int] = {
             "table": 8 * COLUMNS * len(self.pieces),

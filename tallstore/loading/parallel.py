@@ -11,7 +11,7 @@ import itertools
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, TypeAlias
 
@@ -52,13 +52,9 @@ def run(jobs: Iterable[Job]) -> None:
 
 
 def _run(jobs: Iterator[Job], threads: ThreadPoolExecutor, count: int) -> None:
-    inference = torch.is_inference_mode_enabled()  # a setting of the thread's own
+    inference = torch.is_inference_mode_enabled()
     ahead = threading.Semaphore(2 * count)  # an error finds few jobs begun behind it
     pending = deque[Future[None]]()
-
-    def run_one(job: Job) -> None:
-        with torch.inference_mode(inference):
-            job()
 
     def collect(*, wait: bool) -> None:
         while pending and (wait or pending[0].done()):
@@ -75,14 +71,62 @@ def _run(jobs: Iterator[Job], threads: ThreadPoolExecutor, count: int) -> None:
             if job is None:
                 break
             ahead.acquire()
-            pending.append(threads.submit(run_one, job))
+            pending.append(threads.submit(_run_one, job, inference))
             pending[-1].add_done_callback(lambda _: ahead.release())
             collect(wait=False)
         collect(wait=True)
     finally:
-        for future in pending:
-            if not future.cancel():
-                future.exception()  # waits for its end
+        Begun(pending).abandon()
+
+
+def _run_one(job: Job, inference: bool) -> None:  # noqa: FBT001 - what torch calls it
+    """Run a job in the mode that the thread was in which asked for it: the mode is a thread's own."""
+    with torch.inference_mode(inference):
+        job()
+
+
+def begin(jobs: Iterable[Job]) -> Begun:
+    """Begin what `run` does, and return; where there is one thread only, the jobs are done then.
+
+    Raises:
+        Exception: raised by the iterable, when no job is running any more; where there is one thread, also by a job.
+    """
+    count = min(torch.get_num_threads(), _MOST_THREADS)
+    if count < 2:
+        run(jobs)
+        return Begun([])
+    threads, inference = _shared.threads(count), torch.is_inference_mode_enabled()
+    begun: list[Future[None]] = []
+    try:
+        begun.extend(threads.submit(_run_one, job, inference) for job in jobs)
+    except BaseException:
+        Begun(begun).abandon()
+        raise
+    return Begun(begun)
+
+
+class Begun:
+    """Jobs that were begun."""
+
+    def __init__(self, futures: Sequence[Future[None]]) -> None:
+        self._futures = futures
+
+    def finish(self) -> None:
+        """Wait until all are done.
+
+        Raises:
+            Exception: the first one in the order of the jobs, when none is running any more.
+        """
+        try:
+            for future in self._futures:
+                future.result()
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Run none that is not running; wait for those that are."""
+        for future in [future for future in self._futures if not future.cancel()]:
+            future.exception()  # waits for its end
 
 
 @contextlib.contextmanager

@@ -8,7 +8,8 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
-_SLOTS: Final = 3  # one is read into, one is copied, one is decoded
+_AHEAD: Final = 2  # batches that are read at once, so that no thread waits for the slowest of one
+_SLOTS: Final = _AHEAD + 2  # one more is copied, one decoded
 
 
 @dataclass(slots=True)
@@ -27,7 +28,13 @@ class Slot:
 
 
 class Staging(Protocol):
-    """The ring. One thread uses it."""
+    """The ring. One thread uses it.
+
+    Attributes:
+        ahead: how many buffers may be asked for before the first of them is sent.
+    """
+
+    ahead: int
 
     def slot(self, nbytes: int) -> Slot:
         """The next buffer, of at least *nbytes*; waits until what it held before was decoded."""
@@ -46,6 +53,8 @@ def staging_for(device: torch.device) -> Staging:
 
 class PlainStaging:
     """One buffer, which is copied before the next step begins."""
+
+    ahead = 1
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -67,6 +76,8 @@ class PlainStaging:
 
 class CudaStaging:
     """Pinned buffers, each with one on the device, and a stream of its own for the copies."""
+
+    ahead = _AHEAD
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

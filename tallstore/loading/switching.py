@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Final, NoReturn, TypeAlias
+from typing import Final, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,9 @@ from tallstore.format.bundle_files import BundleFiles
 from tallstore.format.dtypes import chunk_spans
 from tallstore.format.manifest import BasedTensor, BaseTensor, SameTensor
 from tallstore.loading import parallel
-from tallstore.loading.contents import OWN, Content, Holding, OfBase, OfExpert, State, copy_base
+from tallstore.loading.contents import OWN, Content, Holding, OfBase, OfExpert, State, Write, copy_base
 from tallstore.loading.device_expert import DeviceExpert
+from tallstore.loading.device_writes import DeviceWrites
 from tallstore.loading.expert import Expert
 from tallstore.loading.model_slots import Slot, check_mode, check_slot, memory_span, slots_of
 from tallstore.loading.model_weights import by_device, is_direct, is_sent, listed, match, model_tensors
@@ -33,8 +34,6 @@ from tallstore.loading.resident import ResidentBase, ResidentFiles
 #: Of a tensor; to copy fewer elements costs less than to let another thread do it.
 _SMALL_NUMEL: Final = 1 << 15
 _MAX_STATES: Final = 256
-
-_Write: TypeAlias = tuple[Slot, Content]
 
 
 class Switcher:
@@ -50,7 +49,8 @@ class Switcher:
     In memory stay: the base, as files that the system has mapped or as the state dict that was given; the vectors that
     the tasks of a group share, at 0.5 to 4 bytes a parameter by their data type, as long as one of its tasks stays; and
     what tasks have of their own (masks at 1 to 4 bits a parameter, whole tensors), the ones used last, up to a bound.
-    The active task's stay whatever the bound.
+    The active task's stay whatever the bound. With `on_device`, the same is in the memory of the devices that the model
+    is on, packed, and a switch sends next to nothing there.
 
     Threads: switches wait for each other, and for the blocks of `using` and `disable_expert` in other threads. Nothing
     holds back a forward pass that runs outside of such a block while another thread switches.
@@ -65,6 +65,7 @@ class Switcher:
         strict: bool,
         cache_nbytes: int,
         keep_base: bool,
+        on_device: bool,
     ) -> None:
         """Read base.json; see `Bundle.attach`.
 
@@ -76,6 +77,7 @@ class Switcher:
         self._model, self._strict = model, strict
         self._files = ResidentFiles(files, cache_nbytes)
         self._base = ResidentBase(base, keep=keep_base)
+        self._devices = DeviceWrites(self._files, self._base, cache_nbytes, enabled=on_device)
         self._lock = threading.RLock()
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tallstore-prefetch")
         self._active_kept, self._next_kept = contextlib.ExitStack(), contextlib.ExitStack()
@@ -119,6 +121,11 @@ class Switcher:
     def shared_nbytes(self) -> int:
         """Bytes in memory of the vectors that tasks share."""
         return self._files.groups_nbytes
+
+    @property
+    def device_nbytes(self) -> int:
+        """Bytes that are kept on devices beside the model; 0 without `on_device`."""
+        return self._devices.nbytes
 
     def set_expert(self, task: str | None) -> None:
         """Make the model the expert of *task*; None makes it the base.
@@ -189,7 +196,9 @@ class Switcher:
         slots = slots_of(self._model)
         before, wanted = self._state, self._wanted(task, slots)
         with self._files.keep(before.task, task):
-            writes = [(slot, wanted.contents[name]) for name, slot in slots.items() if not self._holds(slot, wanted)]
+            writes = [
+                Write(slot, wanted.contents[name]) for name, slot in slots.items() if not self._holds(slot, wanted)
+            ]
             self._prepare(slots, wanted, writes)
             try:
                 self._write(writes)
@@ -210,13 +219,16 @@ class Switcher:
         self._active_kept = kept
         if self._next == self._state.task:
             self._expect(None)
+        self._devices.trim({self._state.task, self._next})
 
     def _undo(self, before: State, wanted: State, slots: Sequence[Slot], error: BaseException) -> None:
         """Write back what was there before *error*; where that fails, see to it that nobody runs the model."""
         reason: BaseException = error
         if self._failure is None:
             try:
-                self._write([(slot, before.contents[slot.name]) for slot in slots if not self._holds(slot, before)])
+                self._write(
+                    [Write(slot, before.contents[slot.name]) for slot in slots if not self._holds(slot, before)]
+                )
             except BaseException as second:  # noqa: BLE001 - whatever it is, the model is broken
                 reason = second
             else:
@@ -266,6 +278,7 @@ class Switcher:
         places = [slot.place for slot in slots.values()]
         if places != self._places or len(self._states) > _MAX_STATES:
             self._places, self._states, self._apart = places, {}, set()
+            self._devices.forget()
         if task not in self._states:
             state = self._plan(task, slots)
             for name, content in state.contents.items():
@@ -333,15 +346,17 @@ class Switcher:
 
     # --- what can fail, before anything is written ---
 
-    def _prepare(self, slots: Mapping[str, Slot], wanted: State, writes: Sequence[_Write]) -> None:
+    def _prepare(self, slots: Mapping[str, Slot], wanted: State, writes: Sequence[Write]) -> None:
         for slot, _ in writes:
             check_mode(slot)
-        self._hold(wanted)
+        here, rest = self._devices.split(writes)
+        self._hold(wanted.without({write.slot.name for write in here}) if here else wanted)
+        self._devices.hold(here, {self._state.task, wanted.task, self._next})
         self._check_apart(slots, wanted.base_tensors)
         for slot, content in writes:
             if content is not OWN and self._state.contents.get(slot.name, OWN) is OWN and slot.name not in self._own:
                 self._own[slot.name] = slot.tensor.detach().clone()
-        self._stage(slot.tensor for slot, content in writes if not _is_sent(slot, content))
+        self._stage(write.slot.tensor for write in rest if not _is_sent(write))
 
     def _hold(self, state: State) -> None:
         """Have in memory, checked, what a state is made of."""
@@ -360,7 +375,7 @@ class Switcher:
             (*memory_span(slot.tensor), name) for name, slot in slots.items() if slot.tensor.device.type == "cpu"
         )
         starts = [start for start, _, _ in taken]
-        for tensor in unchecked:
+        for tensor in unchecked if taken else ():
             for first, last in chunk_spans(math.prod(tensor.shape)):
                 begin, end = memory_span(self._base.read(tensor.name, first, last))
                 place = bisect_left(starts, end) - 1
@@ -384,17 +399,19 @@ class Switcher:
     # --- writing ---
 
     @torch.no_grad()
-    def _write(self, writes: Sequence[_Write]) -> None:
+    def _write(self, writes: Sequence[Write]) -> None:
         for slot, _ in writes:
             self._holdings.pop(slot.name, None)
-        direct = [(slot.tensor.detach(), content) for slot, content in writes if is_direct(slot.tensor)]
+        here, rest = self._devices.split(writes)
+        direct = [(slot.tensor.detach(), content) for slot, content in rest if is_direct(slot.tensor)]
         self._fill([(target.view(-1), content) for target, content in direct])
-        self._send([(slot, content) for slot, content in writes if _is_sent(slot, content)])
-        for slot, content in writes:
-            target = slot.tensor.detach()
+        self._devices.write(here)
+        self._send([write for write in rest if _is_sent(write)])
+        for write in rest:
+            target, content = write.slot.tensor.detach(), write.content
             if content is OWN:
-                target.copy_(self._own[slot.name])
-            elif not is_direct(target) and not _is_sent(slot, content):
+                target.copy_(self._own[write.slot.name])
+            elif not is_direct(target) and not _is_sent(write):
                 staged = self._staging[target.dtype][: target.numel()]
                 self._fill([(staged, content)])
                 target.copy_(staged.view(target.shape))
@@ -402,7 +419,7 @@ class Switcher:
             slot.count_write()
             self._holdings[slot.name] = Holding(content, slot.place, slot.versions)
 
-    def _send(self, writes: Sequence[_Write]) -> None:
+    def _send(self, writes: Sequence[Write]) -> None:
         """Write tensors of an expert where they are rebuilt on their devices."""
         sent = {content.name: (slot.tensor, content) for slot, content in writes if isinstance(content, OfExpert)}
         for device, targets in by_device({name: target for name, (target, _) in sent.items()}).items():
@@ -443,8 +460,8 @@ class Switcher:
         kept.close()
 
 
-def _is_sent(slot: Slot, content: Content) -> bool:
-    return isinstance(content, OfExpert) and is_sent(slot.tensor)
+def _is_sent(write: Write) -> bool:
+    return isinstance(write.content, OfExpert) and is_sent(write.slot.tensor)
 
 
 def _called(task: str | None) -> str:

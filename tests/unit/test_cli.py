@@ -26,6 +26,7 @@ from tests.command_line import misused, refused, run
 from tests.model_directories import base_tensors, expert_tensors, pack_models, save_model, save_models
 
 COMMANDS = typer.main.get_command(cli.app).commands
+NEEDY = {"demo", "push"}  # whose examples take long, or need a Hub: other tests run them
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +168,7 @@ def examples(*page):
     return [shlex.split(command)[1:] for command in commands], "\n".join(comments)
 
 
-@pytest.mark.parametrize("page", [[], *([command] for command in COMMANDS if command != "demo")])
+@pytest.mark.parametrize("page", [[], *([command] for command in COMMANDS if command not in NEEDY)])
 def test_examples_run_as_they_stand(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_model(Path("bert"), base_tensors())

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import threading
+import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -122,6 +124,73 @@ def test_one_job_or_one_thread_stays_in_the_calling_thread(threads):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+# --- begun, and finished later ---
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_what_was_begun_is_done_when_it_is_finished():
+    gate, done = threading.Event(), []
+    begun = parallel.begin([lambda: gate.wait(10), *(partial(done.append, number) for number in range(20))])
+    gate.set()
+    begun.finish()
+    assert sorted(done) == list(range(20))
+    parallel.begin([]).finish()
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_the_first_error_of_what_was_begun_is_raised_when_nothing_runs_any_more():
+    running, done = threading.Event(), []
+
+    def fail():
+        running.wait(10)
+        raise ValueError("first")
+
+    def late():
+        running.set()
+        time.sleep(0.05)
+        done.append("late")
+
+    with pytest.raises(ValueError, match="first"):
+        parallel.begin([fail, late]).finish()
+    assert done == ["late"]
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_what_is_abandoned_is_not_begun_any_more_and_waited_for():
+    gate, done = threading.Event(), []
+
+    def slow():
+        gate.wait(10)
+        time.sleep(0.05)
+        done.append("slow")
+
+    begun = parallel.begin([slow, slow, *(partial(done.append, number) for number in range(50))])
+    threading.Timer(0.2, gate.set).start()
+    begun.abandon()
+    assert set(done) <= {"slow"}
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_an_error_of_the_iterable_comes_when_nothing_runs_any_more():
+    done = []
+
+    def jobs():
+        yield lambda: time.sleep(0.05) or done.append("first")
+        raise ValueError("of the iterable")
+
+    with pytest.raises(ValueError, match="of the iterable"):
+        parallel.begin(jobs())
+    assert done in (["first"], [])
+
+
+def test_one_thread_has_done_it_when_it_was_begun(monkeypatch):
+    monkeypatch.setattr(parallel.torch, "get_num_threads", lambda: 1)
+    done = []
+    begun = parallel.begin([partial(done.append, threading.get_ident())])
+    assert done == [threading.get_ident()]
+    begun.finish()
+
+
 def test_a_forked_process_has_threads_of_its_own():
     program = """
 import os, torch

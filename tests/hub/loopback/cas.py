@@ -37,6 +37,7 @@ def write_token(hub: LoopbackHub, request: Request, repo_id: str, revision: str)
 
 def _token(hub: LoopbackHub) -> Answer:
     """Where the store is: huggingface_hub reads the headers, hf_xet the body."""
+    _existing(hub)
     url, until = f"{hub.storage_url}/cas", int(time.time()) + _TOKEN_SECONDS
     headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": TOKEN, "X-Xet-Token-Expiration": str(until)}
     return Answer.of_json({"casUrl": url, "accessToken": TOKEN, "exp": until}, **headers)
@@ -45,8 +46,12 @@ def _token(hub: LoopbackHub) -> Answer:
 def _store(hub: LoopbackHub, request: Request) -> XetStore:
     if request.headers.get("authorization") != f"Bearer {TOKEN}":
         raise RefusalError(401, "not a token of this store")
+    return _existing(hub)
+
+
+def _existing(hub: LoopbackHub) -> XetStore:
     if hub.storage.xet is None:
-        raise RefusalError(404, "this Hub does not speak Xet")
+        raise RefusalError(404, "this Hub does not speak Xet: its clients need HF_HUB_DISABLE_XET")
     return hub.storage.xet
 
 
@@ -88,6 +93,4 @@ def reconstruct(hub: LoopbackHub, request: Request, name: str) -> Answer:
 @routes("GET", "/cas/xorbs/{name}")
 def download_xorb(hub: LoopbackHub, request: Request, name: str) -> Answer:
     """A signed address: whoever knows it needs no token."""
-    if hub.storage.xet is None:
-        raise RefusalError(404, "this Hub does not speak Xet")
-    return Answer.of_content(hub.storage.xet.read_xorb(name), request, {})
+    return Answer.of_content(_existing(hub).read_xorb(name), request, {})

@@ -11,8 +11,6 @@ from http.server import ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 
-from typing_extensions import Self
-
 from tests.hub.loopback import cas, commits, repositories, transfers
 from tests.hub.loopback.accounts import Account, signed_in, whose
 from tests.hub.loopback.faults import Fault, Faults
@@ -85,7 +83,7 @@ class LoopbackHub:
         private: bool = False,
         gated: bool = False,
     ) -> Repository:
-        """Make a repository.
+        """Make a repository, while the context is open.
 
         Args:
             history: sha -> all files of that commit, the oldest first; by default the one that a new repository has.
@@ -154,7 +152,7 @@ class LoopbackHub:
             raise RefusalError(403, "Forbidden: pass a token with write access to this repository")
         return repository
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> LoopbackHub:
         for server in self._servers.values():
             server.start()
         return self

@@ -241,9 +241,10 @@ def _create_ref(repository: Repository, ref: str, revision: str) -> Answer:
 
 @routes("DELETE", "/api/models/{repo_id}/branch/{branch}")
 def delete_branch(hub: LoopbackHub, request: Request, repo_id: str, branch: str) -> Answer:
+    repository = hub.writable(request, repo_id)
     if branch == "main":
         raise RefusalError(403, "Cannot delete refs/heads/main")
-    return _delete_ref(hub.writable(request, repo_id), f"refs/heads/{branch}")
+    return _delete_ref(repository, f"refs/heads/{branch}")
 
 
 @routes("DELETE", "/api/models/{repo_id}/tag/{tag}")

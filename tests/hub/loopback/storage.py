@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from tests.hub.loopback import xet_client
@@ -33,7 +36,8 @@ class Storage:
         self.xet_url = ""  # where the Hub's own client finds it
 
     def put(self, name: str, content: bytes) -> None:
-        (self._contents / name).write_bytes(content)
+        with self._made(name) as path:
+            path.write_bytes(content)
 
     def add_large(self, sha256: str, content: bytes) -> None:
         """Keep a large file that no client sent, as if one had."""
@@ -41,14 +45,11 @@ class Storage:
         if self.xet is not None:
             xet_client.upload(self.xet_url, self._xet_home, self._contents / sha256, sha256)
 
-    def has(self, name: str) -> bool:
-        return (self._contents / name).is_file() or self.xet_hash(name) is not None
-
     def read(self, name: str) -> bytes:
-        path = self._contents / name
-        if not path.is_file() and self.xet is not None and (file := self.xet.file(name)):
-            xet_client.download(self.xet_url, self._xet_home, file.name, file.nbytes, path)
-        return path.read_bytes()
+        if not (self._contents / name).is_file() and self.xet is not None and (file := self.xet.file(name)):
+            with self._made(name) as path:
+                xet_client.download(self.xet_url, self._xet_home, file.name, file.nbytes, path)
+        return (self._contents / name).read_bytes()
 
     def nbytes(self, name: str) -> int:
         return len(self.read(name))
@@ -73,3 +74,10 @@ class Storage:
         self.put(name, content)
         for part in parts:
             part.unlink()
+
+    @contextlib.contextmanager
+    def _made(self, name: str) -> Iterator[Path]:
+        """Where to write a content that is there whole or not at all, for others read meanwhile."""
+        staged = self._contents / f"{name}-{uuid.uuid4()}"
+        yield staged
+        staged.replace(self._contents / name)

@@ -34,6 +34,8 @@ def resolve(hub: LoopbackHub, request: Request, repo_id: str, revision: str, pat
     if entry.sha256 and hub.has_cdn:
         headers["Location"] = f"{hub.storage_url}/lfs/{repo_id}/{entry.sha256}?filename={quote(path)}"
         return Answer(status=302, headers=headers)
+    if request.method == "HEAD":  # a content that arrived by Xet is not put together for its length
+        return Answer(headers={**headers, "Accept-Ranges": "bytes", "Content-Length": str(entry.nbytes)})
     return Answer.of_content(hub.storage.read(entry.etag), request, headers)
 
 
@@ -91,8 +93,7 @@ def upload(hub: LoopbackHub, request: Request, repo_id: str, oid: str) -> Answer
     if hashlib.sha256(request.body).hexdigest() != oid:
         raise RefusalError(400, "The sha256 you specified did not match what we received.")
     hub.storage.put(oid, request.body)
-    hub.repositories[repo_id].uploaded.add(oid)
-    return Answer()
+    return _uploaded(hub, repo_id, oid)
 
 
 @routes("PUT", "/lfs/{repo_id}/{oid}/{number}")
@@ -107,7 +108,14 @@ def complete(hub: LoopbackHub, request: Request, repo_id: str, oid: str) -> Answ
         hub.storage.join_parts(oid, len(request.json()["parts"]))
     except ValueError:
         raise RefusalError(400, "The sha256 you specified did not match what we received.") from None
-    hub.repositories[repo_id].uploaded.add(oid)
+    return _uploaded(hub, repo_id, oid)
+
+
+def _uploaded(hub: LoopbackHub, repo_id: str, oid: str) -> Answer:
+    repository = hub.repositories.get(repo_id)
+    if repository is None:  # deleted meanwhile
+        raise RefusalError(404, "Repository not found", "RepoNotFound")
+    repository.uploaded.add(oid)
     return Answer()
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 if TYPE_CHECKING:
+    from tests.hub.loopback.faults import Fault
     from tests.hub.loopback.hub import LoopbackHub
     from tests.hub.loopback.log import Exchange
 
@@ -92,7 +93,8 @@ class RefusalError(Exception):
     def __init__(self, status: int, message: str, code: str | None = None, **headers: str) -> None:
         super().__init__(message)
         self.status, self.message = status, message
-        self.headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **headers}
+        in_header = message.encode("latin-1", "replace").decode("latin-1")
+        self.headers = {"X-Error-Message": in_header, **({"X-Error-Code": code} if code else {}), **headers}
 
     def answer(self) -> Answer:
         return Answer.of_json({"error": self.message}, self.status, **self.headers)
@@ -114,22 +116,24 @@ class Handler(BaseHTTPRequestHandler):
         """Keep quiet: `LoopbackHub.log` is the log."""
 
     def _answer(self) -> None:
-        request = self._read()
-        exchange, fault = self.hub.begin(request)
         try:
-            try:
-                fault.before(request)
-                answer = self.hub.answer(request)
-            except RefusalError as refusal:
-                answer = refusal.answer()
-            except DropError:
-                raise
-            except Exception as crash:  # noqa: BLE001 - whatever it is, a test should hear of it
-                self.hub.crashes.append(crash)
-                answer = RefusalError(500, f"The loopback Hub failed: {crash!r}").answer()
-            self._send(fault.after(answer), exchange)
+            request = self._read()
+            exchange, fault = self.hub.begin(request)
+            self._send(fault.after(self._carry_out(request, fault)), exchange)
         except (DropError, ConnectionError):
             self.close_connection = True
+
+    def _carry_out(self, request: Request, fault: Fault) -> Answer:
+        try:
+            fault.before(request)
+            return self.hub.answer(request)
+        except RefusalError as refusal:
+            return refusal.answer()
+        except DropError:
+            raise
+        except Exception as crash:  # noqa: BLE001 - whatever it is, a test should hear of it
+            self.hub.crashes.append(crash)
+            return RefusalError(500, f"The loopback Hub failed: {crash!r}").answer()
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _answer
 
@@ -141,13 +145,19 @@ class Handler(BaseHTTPRequestHandler):
 
     def _read_body(self, headers: dict[str, str]) -> bytes:
         if headers.get("transfer-encoding") != "chunked":
-            return self.rfile.read(int(headers.get("content-length", 0)))
+            return self._read_exactly(int(headers.get("content-length", 0)))
         chunks = []
-        while nbytes := int(self.rfile.readline().partition(b";")[0], 16):
-            chunks.append(self.rfile.read(nbytes))
+        while nbytes := int(self.rfile.readline().partition(b";")[0] or b"0", 16):
+            chunks.append(self._read_exactly(nbytes))
             self.rfile.readline()
-        self.rfile.readline()
+        self._read_exactly(len(b"\r\n"))
         return b"".join(chunks)
+
+    def _read_exactly(self, nbytes: int) -> bytes:
+        read = self.rfile.read(nbytes)
+        if len(read) < nbytes:  # the client is gone
+            raise DropError
+        return read
 
     def _send(self, answer: Answer, exchange: Exchange) -> None:
         exchange.status = answer.status  # before it is sent: whoever has the answer finds it in the log

@@ -1,0 +1,41 @@
+"""What tests of the Hub share: one that is empty, and its client."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+
+from tests.hub.client_process import Client, client_process
+from tests.hub.loopback import LoopbackHub
+
+NOWHERE = "http://127.0.0.1:9"  # calls say where their Hub is
+
+
+@pytest.fixture(scope="session")
+def plain_process(tmp_path_factory):
+    """A process in which the client does not speak Xet."""
+    with client_process(NOWHERE, tmp_path_factory.mktemp("plain-client")) as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def xet_process(tmp_path_factory):
+    """A process in which it does."""
+    if find_spec("hf_xet") is None:
+        pytest.skip("hf_xet is not there for this platform")
+    with client_process(NOWHERE, tmp_path_factory.mktemp("xet-client"), xet=True) as process:
+        yield process
+
+
+@pytest.fixture
+def hub():
+    """A Hub with one user, named "user"."""
+    with LoopbackHub() as running:
+        yield running
+
+
+@pytest.fixture
+def client(hub, plain_process, tmp_path):
+    """That user's client."""
+    return Client(plain_process, hub.url, hub.token, tmp_path)
