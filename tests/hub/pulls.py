@@ -1,0 +1,114 @@
+"""Bundles of a Hub opened and pulled in a client's process: what became of each, and all that was said meanwhile."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tallstore
+from tallstore.hub import retrying
+from tests import command_line
+
+NAMES = [f"task {letter}" for letter in "abcdefghijklmnopqrst"]
+
+
+@dataclass
+class Outcome:
+    """What a call returned or raised.
+
+    Attributes:
+        value: what was returned.
+        error, problem: the class and message of what was raised.
+        warnings: their texts.
+        said: log records down to DEBUG, and the traceback.
+    """
+
+    value: Any = None
+    error: str | None = None
+    problem: str = ""
+    warnings: list[str] = field(default_factory=list)
+    said: str = ""
+
+
+def call(process: ProcessPoolExecutor, function: Callable[..., Any], *arguments: Any, **options: Any) -> Outcome:
+    """Call a function of a module in the *process*, and wait for it."""
+    return start(process, function, *arguments, **options).result(timeout=120)
+
+
+def start(
+    process: ProcessPoolExecutor, function: Callable[..., Any], *arguments: Any, **options: Any
+) -> Future[Outcome]:
+    return process.submit(_call, function, arguments, options)
+
+
+def _call(function: Callable[..., Any], arguments: Sequence[Any], options: dict[str, Any]) -> Outcome:
+    retrying._WAITS = (0.001,) * 4
+    outcome = Outcome()
+    with _listening() as records, warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            outcome.value = function(*arguments, **options)
+        except tallstore.TallstoreError as error:
+            outcome.error, outcome.problem = type(error).__name__, str(error)
+            outcome.said = traceback.format_exc()
+    outcome.warnings = [str(warning.message) for warning in warned]
+    outcome.said += "\n".join(records)
+    return outcome
+
+
+@contextmanager
+def _listening() -> Iterator[list[str]]:
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    loggers = [logging.getLogger(name) for name in (None, "huggingface_hub", "httpx2", "httpcore2")]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG)
+    try:
+        yield records
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+
+
+# --- what is called ---
+
+
+def digests(source: str | Path, tasks: Sequence[str], **options: Any) -> dict[str, str]:
+    """A hash of each expert's tensors."""
+    with tallstore.open_bundle(source, **options) as bundle:
+        return {task: _digest(bundle.state_dict(task)) for task in tasks}
+
+
+def _digest(state: dict[str, Any]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode() + bytes(tensor.reshape(-1).view(dtype=tensor.dtype).numpy().tobytes()))
+    return digest.hexdigest()
+
+
+def shown(source: str, **options: Any) -> tuple[str, str, Path, dict[str, bool]]:
+    """A bundle's repr and str, its path, and which of its tasks are here."""
+    with tallstore.open_bundle(source, **options) as bundle:
+        return repr(bundle), str(bundle), bundle.path, {task: bundle.is_fetched(task) for task in bundle.tasks}
+
+
+def tensor(source: str, task: str, name: str, **options: Any) -> list[float]:
+    """One tensor of an expert."""
+    with tallstore.open_bundle(source, **options) as bundle:
+        return list(bundle.tensor(task, name).reshape(-1).tolist())
+
+
+def command(*arguments: object, code: int = 0) -> tuple[str, str]:
+    """What a command printed, to stdout and stderr."""
+    result = command_line.run(*arguments, code=code)
+    return result.stdout, result.stderr
