@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 import threading
 import weakref
 from collections import defaultdict
@@ -37,6 +38,7 @@ from tallstore.format.manifest import (
     Vector,
     Whole,
 )
+from tallstore.format.origin import read_origin
 from tallstore.format.parsing import MAX_JSON_NBYTES, Table, is_newer_minor, parse, parse_manifest
 from tallstore.format.payloads import (
     BaseTensors,
@@ -389,7 +391,7 @@ class BundleFiles:
         except FileNotFoundError:
             raise NotFetchedError(
                 f"{self.where}: the file {file.name!r} of task {task.entry.name!r} was not fetched ({path} is not"
-                " here); copy it from where the bundle came from"
+                f" here); {self._advice(task.entry.name)}"
             ) from None
         self._check_size(self.files[path], place.stat().st_size)
         return place
@@ -410,9 +412,15 @@ class BundleFiles:
         if name is None:
             return FormatError("FILE-4", path, f"is missing from {self.where}; fetch the bundle again")
         return NotFetchedError(
-            f"{self.where}: task {name!r} was not fetched ({path} is not here); "
-            f"copy its files from where the bundle came from"
+            f"{self.where}: task {name!r} was not fetched ({path} is not here); {self._advice(name)}"
         )
+
+    def _advice(self, task: str) -> str:
+        """How to get what is not here."""
+        origin = read_origin(self.root)
+        if origin is None:
+            return "copy its files from where the bundle came from"
+        return f"tallstore pull {origin.repo_id} --task {shlex.quote(task)} --out {shlex.quote(str(self.root))}"
 
 
 def _table_paths(entry: TaskEntry) -> tuple[str, ...]:

@@ -6,12 +6,15 @@ import contextlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Final
 
 from tallstore import files
 from tallstore.errors import BundleNotFoundError, FormatError, OptionError, OutputError, OutputExistsError
 from tallstore.format import layout
 from tallstore.format.bundle_files import BundleFiles
 from tallstore.format.manifest import FileEntry, Manifest
+from tallstore.format.origin import ORIGIN, Origin, read_origin, serialise_origin
+from tallstore.format.parsing import parse_manifest
 from tallstore.hub import transfer
 from tallstore.hub.ids import parse_hub_id
 from tallstore.hub.pinned import Access
@@ -83,9 +86,7 @@ def pull(
         bundle.entry(name)
     place = Path(os.path.realpath(target))
     with files.gathered_files(place) as gathered:
-        before = _before(place, bundle)
-        _Directory(place, gathered, snapshot, bundle).fill([*wanted, *_kept(place, before, bundle)], progress)
-        _remove_outdated(place, before, bundle)
+        _Directory(place, gathered, snapshot, bundle).fill(wanted, progress)
     return target
 
 
@@ -107,6 +108,8 @@ def _entries(bundle: BundleFiles, names: Iterable[str]) -> list[FileEntry]:
 
 # --- a directory ------------------------------------------------------------------------------------------------------
 
+_ASIDE: Final = "before.json"  # among what is gathered: the manifest of a bundle that is being renewed
+
 
 class _Directory:
     """A directory that is filled: files are gathered beside it, and move in when all of them are there."""
@@ -116,8 +119,63 @@ class _Directory:
         self._again = snapshot.repository.access.force_download
 
     def fill(self, names: Sequence[str], progress: Progress | None) -> None:
-        """Have these tasks in the directory, and the manifest."""
-        needed = [entry for entry in _entries(self._bundle, names) if not self._is_right(self._target, entry)]
+        """Have these tasks in the directory, and those that are there; then the manifest.
+
+        Raises:
+            OutputExistsError: something else is in the directory.
+            TallstoreError: as `pull`.
+        """
+        before = self._before()
+        needed = self._gather([*names, *self._kept(before)], progress)
+        with files.writing(self._target):
+            self._move_in(needed, before)
+
+    # --- what is there ---
+
+    def _before(self) -> Manifest | None:
+        """The manifest that is there; None in a directory that is new or empty."""
+        target = self._target
+        if target.exists() and not target.is_dir():
+            raise OutputExistsError(f"{target}: is a file; choose another place")
+        if not (target / layout.MANIFEST).exists():
+            aside = self._gathered / _ASIDE
+            if aside.exists():  # a renewal was broken off
+                return parse_manifest(aside.read_bytes(), layout.MANIFEST)
+            if target.exists() and any(target.iterdir()):
+                raise OutputExistsError(f"{target}: holds what no pull wrote; choose another place")
+            return None
+        before = BundleFiles(target).manifest
+        origin = read_origin(target)
+        if origin is None or origin.repo_id != self._snapshot.repository.repo_id:
+            self._refuse_another(before)
+        return before
+
+    def _refuse_another(self, before: Manifest) -> None:
+        """Refuse a bundle that was not pulled from here, unless it is the same but for the tasks that it has."""
+        for file in before.files:
+            now = self._bundle.files.get(file.path)
+            is_table = file.path.endswith(".json") and file.path != layout.BASE_TABLE
+            if now is not None and now.sha256 != file.sha256 and not is_table:
+                raise OutputExistsError(
+                    f"{self._target}: is another bundle than {self._bundle.where} ({file.path} differs); "
+                    "choose another place"
+                )
+
+    def _kept(self, before: Manifest | None) -> list[str]:
+        """The tasks that are there, as far as the bundle still has them."""
+        names = {task.name for task in self._bundle.manifest.tasks}
+        there = () if before is None else before.tasks
+        return [
+            task.name
+            for task in there
+            if task.name in names and layout.is_here(self._target, layout.task_table(task.slug))
+        ]
+
+    # --- what is missing ---
+
+    def _gather(self, names: Sequence[str], progress: Progress | None) -> list[FileEntry]:
+        """Have what the directory lacks beside it; what that is."""
+        needed = [entry for entry in _entries(self._bundle, names) if self._again or not _is_right(self._target, entry)]
         missing = [entry for entry in needed if not self._is_gathered(entry)]
         repository = self._snapshot.repository
         if missing and repository.access.is_offline:
@@ -131,89 +189,65 @@ class _Directory:
                 max_workers=self._snapshot.max_workers,
                 progress=progress,
             )
-        with files.writing(self._target):
-            manifest = self._gathered / layout.MANIFEST
-            files.write_file(manifest, self._snapshot.root / layout.MANIFEST)
-            # Tables after shards, and the manifest last: it says that everything else is there.
-            for entry in sorted(needed, key=lambda each: each.path.endswith(".json")):
-                self._move_in(entry.path)
-            self._move_in(layout.MANIFEST)
-
-    def _is_right(self, root: Path, entry: FileEntry) -> bool:
-        if self._again and root == self._target:
-            return False
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError, FormatError):
-            return transfer.difference(layout.resolve(root, entry.path), entry) is None
-        return False
+        return needed
 
     def _is_gathered(self, entry: FileEntry) -> bool:
-        """Whether an earlier pull that failed brought a file, or the cache has it: then it is copied."""
-        if self._is_right(self._gathered, entry):
+        """Whether a pull that failed has left a file, or the cache has it: then it is copied."""
+        if _is_right(self._gathered, entry):
             return True
-        source = self._snapshot.root / entry.path
         copy = self._gathered / entry.path
         copy.unlink(missing_ok=True)
         if self._again or not layout.is_here(self._snapshot.root, entry.path):
             return False
         with files.writing(self._target):
             copy.parent.mkdir(parents=True, exist_ok=True)
-            files.write_file(copy, source)
-        return self._is_right(self._gathered, entry)
+            files.write_file(copy, self._snapshot.root / entry.path)
+        return _is_right(self._gathered, entry)
 
-    def _move_in(self, path: str) -> None:
+    # --- into the directory ---
+
+    def _move_in(self, needed: Sequence[FileEntry], before: Manifest | None) -> None:
+        """Move what was gathered; the manifest last, for it says that everything else is there."""
+        listed = {} if before is None else {file.path: file.sha256 for file in before.files}
+        if any(listed.get(entry.path, entry.sha256) != entry.sha256 for entry in needed):
+            # Files are about to be others than the old manifest says: until the new one is there, there is none.
+            with contextlib.suppress(FileNotFoundError):
+                (self._target / layout.MANIFEST).replace(self._gathered / _ASIDE)
+        repository = self._snapshot.repository
+        origin = serialise_origin(Origin(repository.repo_id, repository.sha))
+        (self._gathered / ORIGIN).parent.mkdir(parents=True, exist_ok=True)
+        files.write_file(self._gathered / ORIGIN, origin)
+        files.write_file(self._gathered / layout.MANIFEST, self._snapshot.root / layout.MANIFEST)
+        for path in (*(entry.path for entry in needed), ORIGIN, layout.MANIFEST):
+            self._move(path)
+        for path in listed:
+            if path not in self._bundle.files and layout.is_here(self._target, path):
+                self._remove(path)
+
+    def _move(self, path: str) -> None:
         place = self._target
+        place.mkdir(exist_ok=True)
         for part in PurePosixPath(path).parent.parts:
-            place.mkdir(exist_ok=True)
             place /= part
             if place.is_symlink():
                 raise OutputError(f"{place}: is a link; remove it, or choose another place")
-        place.mkdir(exist_ok=True)
+            place.mkdir(exist_ok=True)
         source = self._gathered / path
         with source.open("rb") as file:
             os.fsync(file.fileno())
         source.replace(self._target / path)
         files.sync_directory(place)
 
-
-def _before(target: Path, bundle: BundleFiles) -> Manifest | None:
-    """The manifest that is in a directory; None in one that is new or empty.
-
-    Raises:
-        OutputExistsError: something else is in the directory, or another bundle.
-    """
-    if not target.exists():
-        return None
-    if not target.is_dir():
-        raise OutputExistsError(f"{target}: is a file; choose another place")
-    if not (target / layout.MANIFEST).exists():
-        if any(target.iterdir()):
-            raise OutputExistsError(f"{target}: holds what no pull wrote; choose another place")
-        return None
-    before = BundleFiles(target).manifest
-    for file in before.files:
-        now = bundle.files.get(file.path)
-        is_fixed = file.path == layout.BASE_TABLE or not file.path.endswith(".json")
-        if now is not None and is_fixed and now.sha256 != file.sha256:
-            raise OutputExistsError(
-                f"{target}: is another bundle than {bundle.where} ({file.path} differs); choose another place"
-            )
-    return before
+    def _remove(self, path: str) -> None:
+        (self._target / path).unlink()
+        for folder in PurePosixPath(path).parents:
+            with contextlib.suppress(OSError):  # not empty
+                if folder.parts:
+                    (self._target / folder).rmdir()
 
 
-def _kept(target: Path, before: Manifest | None, bundle: BundleFiles) -> list[str]:
-    """The tasks that are in a directory already, as far as the bundle still has them."""
-    names = {task.name for task in bundle.manifest.tasks}
-    there = [] if before is None else before.tasks
-    return [task.name for task in there if task.name in names and layout.is_here(target, layout.task_table(task.slug))]
-
-
-def _remove_outdated(target: Path, before: Manifest | None, bundle: BundleFiles) -> None:
-    """Remove what an earlier manifest listed and the bundle has no more."""
-    for file in () if before is None else before.files:
-        if file.path not in bundle.files and layout.is_here(target, file.path):
-            place = target / file.path
-            place.unlink()
-            for folder in PurePosixPath(file.path).parents:
-                with contextlib.suppress(OSError):  # not empty
-                    if folder.parts:
-                        (target / folder).rmdir()
+def _is_right(root: Path, entry: FileEntry) -> bool:
+    """Whether a file is there, and the one that the manifest says; reads it."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, FormatError):
+        return transfer.difference(layout.resolve(root, entry.path), entry) is None
+    return False

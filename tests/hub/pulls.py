@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 import tallstore
 from tallstore.hub import retrying
@@ -80,6 +83,16 @@ def _listening() -> Iterator[list[str]]:
             logger.removeHandler(handler)
 
 
+def name_of(request: pytest.FixtureRequest) -> str:
+    """A name for a repository that no other test has."""
+    return re.sub(r"[\W_]+", "-", request.node.name)[:80].strip("-")
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """All files below a directory, by path."""
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
 # --- what is called ---
 
 
@@ -112,3 +125,10 @@ def command(*arguments: object, code: int = 0) -> tuple[str, str]:
     """What a command printed, to stdout and stderr."""
     result = command_line.run(*arguments, code=code)
     return result.stdout, result.stderr
+
+
+def pull_with_progress(repo_id: str, **options: Any) -> list[tuple[int, int]]:
+    """What a pull told."""
+    told: list[tuple[int, int]] = []
+    tallstore.pull(repo_id, progress=lambda *step: told.append(step), **options)
+    return told

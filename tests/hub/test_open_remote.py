@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 from safetensors.torch import save
@@ -15,7 +14,7 @@ from tests.hub import pulls
 from tests.hub.client_process import client_process
 from tests.hub.loopback import Account, LoopbackHub
 from tests.hub.loopback.faults import Call
-from tests.hub.pulls import call, digests, shown
+from tests.hub.pulls import call, contents, digests, shown
 from tests.packing_cases import base_model, tuned
 
 OWNER, STRANGER = "hf_owner", "hf_stranger"
@@ -60,14 +59,9 @@ def hub(running):
 @pytest.fixture
 def repo_id(request, hub, bundle):
     """A repository with the bundle that no other test has."""
-    name = "".join(letter if letter.isalnum() else "-" for letter in request.node.name)[:60].strip("-")
-    repo_id = f"org/{name}".replace("--", "-")
+    repo_id = f"org/{pulls.name_of(request)}"
     hub.add(repo_id).push(contents(bundle))
     return repo_id
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 def fetched(hub, repo_id) -> set[str]:
