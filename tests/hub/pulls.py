@@ -6,6 +6,7 @@ import hashlib
 import logging
 import re
 import traceback
+import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 import tallstore
+from tallstore.cli import completion
 from tallstore.hub import retrying
 from tests import command_line
 
@@ -132,3 +134,9 @@ def pull_with_progress(repo_id: str, **options: Any) -> list[tuple[int, int]]:
     told: list[tuple[int, int]] = []
     tallstore.pull(repo_id, progress=lambda *step: told.append(step), **options)
     return told
+
+
+def completed(source: str, incomplete: str) -> list[str]:
+    """The tasks that a shell would offer."""
+    context = types.SimpleNamespace(params={"bundle": source}, args=[])
+    return completion.task_names(context, incomplete)
