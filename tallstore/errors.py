@@ -27,6 +27,7 @@ TallstoreError
 │   ├── NonFiniteError          NaN or infinity where weights would be coded
 │   └── TooFewExpertsError
 ├── OptionError                 (also a ValueError) an argument outside its range
+├── TooLargeError               (also a MemoryError) more than the machine has memory for
 ├── SwitchError                 a model that is neither of two experts
 ├── MissingExtraError           (also an ImportError) a library that only an extra installs
 ├── WorkerError                 work that was given to an executor did not come back
@@ -222,6 +223,10 @@ class TooFewExpertsError(InputError):
 
 class OptionError(TallstoreError, ValueError):
     """An argument is outside its range."""
+
+
+class TooLargeError(TallstoreError, MemoryError):
+    """More bytes are asked for than the machine has memory."""
 
 
 class SwitchError(TallstoreError):

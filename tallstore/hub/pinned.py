@@ -11,6 +11,7 @@ from typing import Any, Final, TypeVar
 from tallstore.caller_warnings import warn
 from tallstore.errors import (
     BundleNotFoundError,
+    FormatError,
     HubAccessError,
     HubError,
     IntegrityError,
@@ -155,7 +156,7 @@ def pin(repo_id: str, revision: str | None, access: Access) -> tuple[PinnedRepos
             return _pinned(repo_id, access, cached)
         if found.size > MAX_JSON_NBYTES:
             problem = f"has {found.size} bytes, over the limit of {MAX_JSON_NBYTES}"
-            raise IntegrityError("JSON-4", f"{where}, {layout.MANIFEST}", problem)
+            raise FormatError("JSON-4", f"{where}, {layout.MANIFEST}", problem)
         if cached is None or cached.parent.name != found.sha or access.force_download:
             cached = _download_manifest(where, repo_id, revision, access)
         if cached.parent.name == found.sha:  # else somebody pushed in between

@@ -20,7 +20,7 @@ from tallstore.format.shard_reader import PayloadReader
 from tallstore.loading import parallel
 from tallstore.loading.coded import open_coded
 from tallstore.loading.decode import copy_cast
-from tallstore.loading.fresh_memory import Wanted, fresh
+from tallstore.loading.fresh_memory import Wanted, fresh, refuse_too_large
 from tallstore.loading.pinned_base import PinnedBase
 
 _JOB_NUMEL: Final = CHUNK_NUMEL // 2
@@ -70,6 +70,8 @@ class Expert:
         """
         whole: dict[str, Tensor] = {}
         names = list(names)
+        nbytes = sum(self.spec(name).nbytes for name in names)
+        refuse_too_large(nbytes, f"{self._files.where}, task {self.task.entry.name!r}")
         self._files.bring([self.task], names)
 
         def wanted(name: str) -> Wanted:

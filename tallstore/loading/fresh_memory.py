@@ -7,12 +7,16 @@ large pages for arrays of 4 MiB and more, where the system has them (Linux; NUMP
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from tallstore.errors import TooLargeError
+from tallstore.sizes import readable
 
 #: What a tensor is to be: its shape and dtype.
 Wanted: TypeAlias = tuple[tuple[int, ...], torch.dtype]
@@ -21,6 +25,23 @@ _ALIGNMENT: Final = 64
 #: Tensors of one allocation give their memory back together, when the last of them goes: it is a small part of a model.
 _SHARED_NBYTES: Final = 64 << 20
 _LARGE_NBYTES: Final = 4 << 20
+
+
+def refuse_too_large(nbytes: int, where: str) -> None:
+    """Refuse what no memory of this machine can hold, whoever says that it is that large: nothing was allocated yet.
+
+    Raises:
+        TooLargeError: it is larger than all of the memory.
+    """
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # a system that does not say
+        return
+    if nbytes > total > 0:
+        raise TooLargeError(
+            f"{where}: {readable(nbytes)} are needed, and this machine has {readable(total)} of memory; "
+            "take the tensors one by one, or export them"
+        )
 
 
 def fresh(wanted: Iterable[Wanted]) -> Iterator[Tensor]:

@@ -15,12 +15,13 @@ from torch import Tensor
 from tallstore.checkpoints.torch_dtypes import TORCH_DTYPES
 from tallstore.errors import OptionError
 from tallstore.format.bundle_files import BundleFiles, Task
-from tallstore.format.dtypes import chunk_spans
+from tallstore.format.dtypes import TensorSpec, chunk_spans
 from tallstore.format.manifest import Whole
 from tallstore.inspecting.claims import MAX_HELD
 from tallstore.inspecting.lineage import Lineage, lineages
 from tallstore.loading.decode import copy_cast
 from tallstore.loading.expert import Expert
+from tallstore.loading.fresh_memory import refuse_too_large
 from tallstore.loading.pinned_base import PinnedBase
 
 #: Elements [start, stop) of a flat tensor, which lie in one chunk: float32 [stop - start].
@@ -108,6 +109,9 @@ class Merging:
 
     def moved(self, found: Iterable[Lineage], move: Move) -> dict[str, Tensor]:
         """The base, moved: new tensors by the base's names, in its order and dtypes; ties share one tensor."""
+        found = list(found)
+        nbytes = sum(TensorSpec(lineage.tensor.dtype, lineage.tensor.shape).nbytes for lineage in found)
+        refuse_too_large(nbytes, f"{self.files.where}, the base")
         by_name: dict[str, Tensor] = {}
         for lineage in found:
             added = move(lineage) if lineage.has_weights else None
