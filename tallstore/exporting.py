@@ -18,9 +18,10 @@ from tallstore.checkpoints.torch_dtypes import DTYPE_NAMES
 from tallstore.checkpoints.writer import MAX_SHARD_NBYTES
 from tallstore.errors import IntegrityError, NotFetchedError, OutputExistsError, OutputInsideInputError
 from tallstore.format import layout
-from tallstore.format.bundle_files import BundleFiles, Task
+from tallstore.format.bundle_files import BundleFiles
 from tallstore.format.dtypes import CHUNK_NUMEL, TensorSpec
 from tallstore.format.manifest import CompanionFile
+from tallstore.format.owners import Task
 from tallstore.loading.bundle import Bundle
 from tallstore.meter import Meter, Progress
 from tallstore.packing.companions import companions, is_pickle, reading

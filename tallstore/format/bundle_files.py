@@ -6,9 +6,8 @@ import hashlib
 import shlex
 import threading
 import weakref
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -21,104 +20,40 @@ from tallstore.errors import (
     IntegrityError,
     NotFetchedError,
     UnknownTaskError,
-    UnknownTensorError,
 )
 from tallstore.format import layout
 from tallstore.format.manifest import (
-    AliasTensor,
     BaseTable,
     CompanionFile,
-    DroppedTensor,
     FileEntry,
     GroupTable,
     Role,
     Shard,
     TaskEntry,
     TaskTable,
-    Vector,
-    Whole,
 )
 from tallstore.format.origin import read_origin
+from tallstore.format.owners import Group, Owner, Task, payloads, table_paths, whole_tensors
 from tallstore.format.parsing import MAX_JSON_NBYTES, Table, is_newer_minor, parse, parse_manifest
 from tallstore.format.payloads import (
     BaseTensors,
     Coded,
     Stored,
-    Vectors,
     base_tensors,
-    coded_part,
     gains_of,
     group_vectors,
     row_count,
-    tensor_payloads,
     vector_step_of,
 )
 from tallstore.format.r13 import in_range, row_scales
 from tallstore.format.recent import Recent
-from tallstore.format.shard_reader import LocalFile, PayloadReader, ShardReader, Verify
+from tallstore.format.shard_reader import LocalFile, PayloadReader, RangeFile, ShardReader, Verify
 from tallstore.format.source import Source
 from tallstore.format.tables import check_base, check_embedded_base, check_group, check_manifest, check_task, refuse
 
 # A process may hold about a thousand files open, a bundle may have more: the ones used last stay open.
 _MAX_OPEN_SHARDS = 64
 _MAX_TABLES = 256
-
-
-@dataclass(frozen=True)
-class Owner:
-    """A group or a task: whose shards they are.
-
-    Attributes:
-        directory: of the shards, in the bundle.
-        shards: as payloads number them.
-    """
-
-    directory: str
-    shards: tuple[Shard, ...]
-
-    def path(self, number: int) -> str:
-        """Where a shard is in the bundle."""
-        return f"{self.directory}/{self.shards[number].file}"
-
-
-@dataclass(frozen=True)
-class Group(Owner):
-    """A group's table, checked."""
-
-    vectors: Vectors
-
-    def vector(self, tensor: str, role: Role) -> Vector:
-        """A vector of a base tensor that a code needs; the checks of the tables have seen to it that it is there."""
-        return self.vectors[tensor, role]
-
-
-@dataclass(frozen=True)
-class Task(Owner):
-    """A task's table, checked against its group's and the base's.
-
-    Attributes:
-        entry: the manifest's.
-        table: task.json.
-        group: the task's.
-        base: the base's tensors.
-        tensors: by name, a tied name leading to the tensor that it is tied to; the dropped ones are left out.
-    """
-
-    entry: TaskEntry
-    table: TaskTable
-    group: Group
-    base: BaseTensors
-    tensors: Mapping[str, Whole]
-
-    def tensor(self, name: str) -> Whole:
-        """The tensor of that name.
-
-        Raises:
-            UnknownTensorError: there is none.
-        """
-        if name not in self.tensors:
-            raise UnknownTensorError(f"task {self.entry.name!r}", "tensor", name, self.tensors)
-        return self.tensors[name]
 
 
 class BundleFiles:
@@ -158,6 +93,7 @@ class BundleFiles:
         self._groups = Recent[str, Group](_MAX_TABLES)
         self._tasks = Recent[str, Task](_MAX_TABLES)
         self._shards = Recent[str, ShardReader](_MAX_OPEN_SHARDS)
+        self._far = Counter[str]()  # of shards that stay where they are, bytes that were read
 
     @property
     def nbytes_read(self) -> int:
@@ -226,7 +162,7 @@ class BundleFiles:
             TallstoreError: as `task`.
         """
         entries = [self.entry(name) for name in names]
-        self._bring(path for entry in entries for path in _table_paths(entry))
+        self._bring(path for entry in entries for path in table_paths(entry))
         return [self.task(entry.name) for entry in entries]
 
     def _open_group(self, group_id: str) -> Group:
@@ -236,12 +172,12 @@ class BundleFiles:
         return Group(layout.group_directory(group_id), table.shards, group_vectors(table))
 
     def _open_task(self, entry: TaskEntry) -> Task:
-        self._bring(_table_paths(entry))
+        self._bring(table_paths(entry))
         table = self._read_table(layout.task_table(entry.slug), TaskTable)
         group = self.group(entry.group)
         refuse(check_task(table, entry, self.base, group.vectors, self.files))
         directory = layout.task_directory(entry.slug)
-        return Task(directory, table.shards, entry, table, group, self.base, _tensors(table))
+        return Task(directory, table.shards, entry, table, group, self.base, whole_tensors(table))
 
     def _read_table(self, path: str, table: type[Table]) -> Table:
         entry = self.files[path]
@@ -263,7 +199,14 @@ class BundleFiles:
         """Whether what is not here comes when it is needed."""
         return self._source is not None
 
-    def bring(self, tasks: Iterable[Task], names: Iterable[str] | None = None, *, shared: bool = True) -> None:
+    def bring(
+        self,
+        tasks: Iterable[Task],
+        names: Iterable[str] | None = None,
+        *,
+        shared: bool = True,
+        ranges: bool = False,
+    ) -> None:
         """Have the shards here that are about to be read: they come at the same time, where they have to be brought.
 
         Nobody must call this: what is read brings itself, one shard after the other.
@@ -272,13 +215,28 @@ class BundleFiles:
             tasks: whose shards.
             names: of the tensors that will be read; all of them by default.
             shared: whether the vectors are read, too, that the tasks share with others.
+            ranges: whether a shard may stay where it is, of which little will be read.
 
         Raises:
             TallstoreError: as `Source.fetch`.
         """
-        if self._source is not None:
-            wanted = None if names is None else list(names)
-            self._bring(path for task in tasks for path in _shard_paths(task, wanted, shared=shared))
+        if self._source is None:
+            return
+        wanted = None if names is None else list(names)
+        nbytes = Counter[str]()
+        for task in tasks:
+            for path, stored in payloads(task, wanted, shared=shared):
+                nbytes[path] += stored.encoding.nbytes(stored.numel)
+        self._bring(path for path in nbytes if not (ranges and self._leave(self._source, path, nbytes[path])))
+
+    def _leave(self, source: Source, path: str, nbytes: int) -> bool:
+        """Whether to leave a shard where it is, of which *nbytes* will be read beside what was before."""
+        if layout.is_here(self.root, path):
+            return False
+        is_left = source.is_better_read_there(self.files[path], self._far[path] + nbytes)
+        if is_left:
+            self._far[path] += nbytes
+        return is_left
 
     def payload(self, owner: Owner, stored: Stored) -> PayloadReader:
         """The chunks of a payload of *owner*; opens its shard.
@@ -288,7 +246,10 @@ class BundleFiles:
             FormatError: it is a group's and not here, or header or index break a rule.
         """
         shard, path = owner.shards[stored.payload.shard], owner.path(stored.payload.shard)
-        reader = self._shards.get(path, lambda: self._open_shard(path, shard))
+        if path in self._far and not layout.is_here(self.root, path):
+            reader = self._shards.get(f"{path}, far away", lambda: self._open_far(path, shard))
+        else:
+            reader = self._shards.get(path, lambda: self._open_shard(path, shard))
         return reader.payload(stored.key, stored.payload, stored.encoding, stored.numel, stored.set_count)
 
     def scales(self, task: Task, coded: Coded, role: Role | None = None) -> tuple[NDArray[np.float32], int]:
@@ -341,9 +302,19 @@ class BundleFiles:
             file = LocalFile(layout.resolve(self.root, path), path, self._nbytes_read.add)
         except FileNotFoundError:
             raise self._missing(path) from None
+        return self._open_reader(file, path, shard, self._verify)
+
+    def _open_far(self, path: str, shard: Shard) -> ShardReader:
+        """A shard that stays where it is. What comes over a wire is always verified."""
+        if self._source is None:
+            raise AssertionError("a shard that is far away, of a bundle that is not")
+        file = self._source.read_there(self.files[path], self._nbytes_read.add)
+        return self._open_reader(file, path, shard, "first-read" if self._verify == "never" else self._verify)
+
+    def _open_reader(self, file: RangeFile, path: str, shard: Shard, verify: Verify) -> ShardReader:
         try:
             self._check_size(self.files[path], file.nbytes)
-            reader = ShardReader(file, shard, self._verify)
+            reader = ShardReader(file, shard, verify)
         except BaseException:
             file.close()
             raise
@@ -421,39 +392,6 @@ class BundleFiles:
         if origin is None:
             return "copy its files from where the bundle came from"
         return f"tallstore pull {origin.repo_id} --task {shlex.quote(task)} --out {shlex.quote(str(self.root))}"
-
-
-def _table_paths(entry: TaskEntry) -> tuple[str, ...]:
-    """The tables that a task is understood by."""
-    return layout.BASE_TABLE, layout.group_table(entry.group), layout.task_table(entry.slug)
-
-
-def _shard_paths(task: Task, names: Iterable[str] | None, *, shared: bool) -> Iterator[str]:
-    """The shards that tensors of a task are read from, its own and its group's; all tensors by default."""
-    for tensor in map(task.tensor, task.tensors if names is None else names):
-        for stored in tensor_payloads(tensor):
-            yield task.path(stored.payload.shard)
-        for vector in _vectors_of(task, coded_part(tensor)) if shared else ():
-            yield task.group.path(vector.values.shard)
-            if vector.step is not None:
-                yield task.group.path(vector.step.shard)
-
-
-def _vectors_of(task: Task, coded: Coded | None) -> Iterator[Vector]:
-    """The shared vectors that a coded tensor is rebuilt with."""
-    if coded is not None:
-        roles: tuple[Role, ...] = (*coded.roles, "centre")
-        found = (task.group.vectors.get((coded.base_name, role)) for role in roles)
-        yield from (vector for vector in found if vector is not None)
-
-
-def _tensors(table: TaskTable) -> Mapping[str, Whole]:
-    whole = {tensor.name: tensor for tensor in table.tensors if isinstance(tensor, Whole)}
-    return {
-        tensor.name: whole[tensor.of if isinstance(tensor, AliasTensor) else tensor.name]
-        for tensor in table.tensors
-        if not isinstance(tensor, DroppedTensor)
-    }
 
 
 class _Count:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import xxhash
@@ -37,6 +37,27 @@ from tallstore.format.shards import (
 _CHANGED = "changed since it was written; fetch the file again"
 
 Verify = Literal["first-read", "never", "always"]
+
+
+class RangeFile(Protocol):
+    """A file of which ranges are read, by several threads.
+
+    Attributes:
+        where: what messages call it.
+        nbytes: its size.
+    """
+
+    where: str
+    nbytes: int
+
+    def read(self, start: int, stop: int) -> Bytes:
+        """Bytes [start, stop), in memory of their own."""
+
+    def expect(self, start: int, stop: int) -> None:
+        """Bytes [start, stop) are about to be read, by and by: a file that is far away has them come now."""
+
+    def close(self) -> None:
+        """Give back what is held."""
 
 
 class LocalFile:
@@ -81,6 +102,9 @@ class LocalFile:
         with self._lock:
             self._file.seek(offset)
             return self._file.readinto(buffer)
+
+    def expect(self, start: int, stop: int) -> None:
+        """As `RangeFile.expect`: they are here."""
 
     def close(self) -> None:
         """Give the file handle back."""
@@ -146,7 +170,7 @@ class ShardReader:
     Header and index are read and checked, payloads are not touched until they are asked for. Threads may share it.
     """
 
-    def __init__(self, file: LocalFile, shard: Shard, verify: Verify = "first-read") -> None:
+    def __init__(self, file: RangeFile, shard: Shard, verify: Verify = "first-read") -> None:
         """Read and check the header and the index.
 
         Raises:
@@ -189,7 +213,10 @@ class ShardReader:
             return self._pooled(payload.at, encoding, numel, where, set_count)
         if payload.codec == "planes-zstd" and not encoding.is_float:
             raise FormatError("COD-4", where, f"planes-zstd is for floating-point payloads, not for {encoding.name}")
-        return self._stored(key, payload.codec, payload.at, encoding, numel, set_count=set_count)
+        reader = self._stored(key, payload.codec, payload.at, encoding, numel, set_count=set_count)
+        entry = self.header.tensors[key]
+        self._file.expect(entry.start, entry.stop)
+        return reader
 
     def _stored(
         self, key: str, codec: Codec, at: int, encoding: Encoding, numel: int, *, set_count: int | None = None
@@ -303,7 +330,7 @@ def _check_ranks(ranks: Sequence[int], where: str) -> None:
         raise FormatError("IDX-5", where, "the ranks of its index records do not count up from 0 to its count")
 
 
-def _read_header(file: LocalFile, expected: str) -> Header:
+def _read_header(file: RangeFile, expected: str) -> Header:
     try:
         nbytes = header_nbytes(file.read(0, min(LENGTH_NBYTES, file.nbytes)).tobytes(), file.nbytes)
         raw = file.read(0, nbytes).tobytes()

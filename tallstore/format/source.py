@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from tallstore.format.manifest import FileEntry
+from tallstore.format.shard_reader import RangeFile
 
 
 class Source(Protocol):
@@ -27,3 +28,9 @@ class Source(Protocol):
             IntegrityError: what came is not what the manifest says; it was removed again.
             TallstoreError: anything else that keeps one from coming.
         """
+
+    def is_better_read_there(self, entry: FileEntry, nbytes: int) -> bool:
+        """Whether it is better to read *nbytes*, all in all, of a file where it is than to bring it."""
+
+    def read_there(self, entry: FileEntry, tell: Callable[[int], object]) -> RangeFile:
+        """A file to be read where it is; *tell* is told the bytes that were."""

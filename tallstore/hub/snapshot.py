@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tallstore.errors import NotFetchedError, OptionError
 from tallstore.format import layout
 from tallstore.format.manifest import FileEntry
-from tallstore.hub import transfer
+from tallstore.hub import ranges, transfer
 from tallstore.hub.ids import HubId, on_hub
 from tallstore.hub.pinned import Access, PinnedRepository, discard, pin
 from tallstore.meter import Progress
@@ -33,6 +33,15 @@ class Snapshot:
     def fetch(self, entries: Sequence[FileEntry]) -> None:
         """As `Source.fetch`; what is in the cache with its size costs nothing, the rest as `transfer.download` says."""
         self.have(entries)
+
+    def is_better_read_there(self, entry: FileEntry, nbytes: int) -> bool:
+        """As `Source.is_better_read_there`."""
+        access = self.repository.access
+        return not access.is_offline and not access.force_download and ranges.is_worth_it(entry, nbytes)
+
+    def read_there(self, entry: FileEntry, tell: Callable[[int], object]) -> ranges.RemoteShard:
+        """As `Source.read_there`."""
+        return ranges.RemoteShard(self.repository, entry, tell)
 
     def have(self, entries: Sequence[FileEntry], progress: Progress | None = None, *, check: bool = False) -> None:
         """As `fetch`.

@@ -8,10 +8,11 @@ from typing import Final
 import numpy as np
 
 from tallstore.format.bits import Bytes, packed_nbytes
-from tallstore.format.bundle_files import BundleFiles, Task
+from tallstore.format.bundle_files import BundleFiles
 from tallstore.format.dtypes import CHUNK_NUMEL, chunk_count
 from tallstore.format.encodings import SIGNED_VALUES, UNIFORM_VALUES
 from tallstore.format.manifest import Mask, ScaledCode, Signed, Sparse, Uniform
+from tallstore.format.owners import Task
 from tallstore.format.payloads import Coded, sides_of
 from tallstore.format.shard_reader import PayloadReader
 from tallstore.inspecting.agreement import Words

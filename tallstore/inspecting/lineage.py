@@ -6,9 +6,9 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from tallstore.format.bundle_files import Task
 from tallstore.format.dtypes import CODED
 from tallstore.format.manifest import BasedTensor, BaseTensor, DroppedTensor, PrivateTensor, Whole
+from tallstore.format.owners import Task
 from tallstore.format.payloads import BaseTensors
 
 

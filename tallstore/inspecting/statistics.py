@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tallstore.errors import NotFetchedError, OptionError
-from tallstore.format.bundle_files import BundleFiles, Task
+from tallstore.format.bundle_files import BundleFiles
 from tallstore.format.dtypes import chunk_count, chunk_span
 from tallstore.format.manifest import ExtendedTensor, PrivateTensor, Whole
+from tallstore.format.owners import Task
 from tallstore.format.payloads import Coded, coded_part, leading_shape
 from tallstore.inspecting.agreement import overlaps, profile, tally
 from tallstore.inspecting.claims import CHUNK_WORDS, MAX_HELD, is_mask, open_claims, words

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tallstore.format import layout
-from tallstore.format.bundle_files import BundleFiles, Task
+from tallstore.format.bundle_files import BundleFiles
 from tallstore.format.manifest import (
     AliasTensor,
     BasedTensor,
@@ -19,6 +19,7 @@ from tallstore.format.manifest import (
     Tensor,
     Whole,
 )
+from tallstore.format.owners import Task
 from tallstore.format.payloads import Shape, Stored, tensor_payloads
 from tallstore.format.shard_reader import LocalFile, ShardReader
 from tallstore.inspecting.summary import Tables, TaskSummary, kind_of, summarise_task

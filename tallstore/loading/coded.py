@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tallstore.format.bundle_files import BundleFiles, Task
+from tallstore.format.bundle_files import BundleFiles
 from tallstore.format.dtypes import CHUNK_NUMEL
 from tallstore.format.encodings import SIGN_VALUES, UNIFORM_VALUES
 from tallstore.format.manifest import Mask, Role, SharedDtype, Sign, Signed, Sparse, TwoLevel
+from tallstore.format.owners import Task
 from tallstore.format.payloads import Coded, sides_of, sparse_values_of, vector_values_of
 from tallstore.format.shard_reader import PayloadReader
 from tallstore.loading.decode import rebuild

@@ -19,9 +19,9 @@ from torch import Tensor
 from tallstore.errors import OptionError
 from tallstore.fit.gain import is_number
 from tallstore.fit.ties import disjoint_sum, trimmed
-from tallstore.format.bundle_files import Task
 from tallstore.format.dtypes import CHUNK_NUMEL
 from tallstore.format.manifest import Mask
+from tallstore.format.owners import Task
 from tallstore.format.payloads import coded_part, row_count, vector_step_of, vector_values_of
 from tallstore.inspecting.agreement import Words, at_least, tally
 from tallstore.inspecting.claims import CHUNK_WORDS, ReadClaims, open_claims, words

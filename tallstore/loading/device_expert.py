@@ -66,7 +66,7 @@ class DeviceExpert:
         """
         whole: dict[str, Tensor] = {}
         names = list(names)
-        self._files.bring([self._expert.task], names)
+        self._files.bring([self._expert.task], names, ranges=len(names) == 1)
 
         def destinations() -> Iterator[tuple[str, Tensor]]:
             for name in names:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tallstore.format.bits import Bytes
-from tallstore.format.bundle_files import BundleFiles, Task
+from tallstore.format.bundle_files import BundleFiles
 from tallstore.format.dtypes import CHUNK_NUMEL, Dtype, chunk_count, chunk_spans, itemsize
 from tallstore.format.manifest import (
     BasedTensor,
@@ -31,6 +31,7 @@ from tallstore.format.manifest import (
     Uniform,
     Whole,
 )
+from tallstore.format.owners import Task
 from tallstore.format.payloads import (
     Coded,
     Stored,

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from tallstore.checkpoints.torch_dtypes import TORCH_DTYPES
-from tallstore.format.bundle_files import BundleFiles, Task
+from tallstore.format.bundle_files import BundleFiles
 from tallstore.format.dtypes import CHUNK_NUMEL, TensorSpec
 from tallstore.format.manifest import BasedTensor, ExtendedTensor, PrivateTensor
+from tallstore.format.owners import Task
 from tallstore.format.payloads import Stored, coded_part, further_of, leading_shape, values_of
 from tallstore.format.shard_reader import PayloadReader
 from tallstore.loading import parallel
@@ -72,7 +73,7 @@ class Expert:
         names = list(names)
         nbytes = sum(self.spec(name).nbytes for name in names)
         refuse_too_large(nbytes, f"{self._files.where}, task {self.task.entry.name!r}")
-        self._files.bring([self.task], names)
+        self._files.bring([self.task], names, ranges=len(names) == 1)
 
         def wanted(name: str) -> Wanted:
             spec = self.spec(name)

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from tallstore.checkpoints.torch_dtypes import TORCH_DTYPES
 from tallstore.errors import OptionError
-from tallstore.format.bundle_files import BundleFiles, Task
+from tallstore.format.bundle_files import BundleFiles
 from tallstore.format.dtypes import TensorSpec, chunk_spans
 from tallstore.format.manifest import Whole
+from tallstore.format.owners import Task
 from tallstore.inspecting.claims import MAX_HELD
 from tallstore.inspecting.lineage import Lineage, lineages
 from tallstore.loading.decode import copy_cast

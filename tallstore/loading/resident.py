@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tallstore.format.bits import Bytes
-from tallstore.format.bundle_files import BundleFiles, Owner, Task
+from tallstore.format.bundle_files import BundleFiles
 from tallstore.format.dtypes import CHUNK_NUMEL, chunk_count, chunk_spans
 from tallstore.format.manifest import Role, Whole
+from tallstore.format.owners import Owner, Task
 from tallstore.format.payloads import Coded, Stored, coded_part, tensor_payloads, vector_step_of, vector_values_of
 from tallstore.format.shard_reader import PayloadReader
 from tallstore.loading.pinned_base import PinnedBase

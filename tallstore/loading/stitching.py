@@ -16,9 +16,9 @@ from torch import Tensor
 
 from tallstore.errors import OptionError
 from tallstore.fit.gain import is_number
-from tallstore.format.bundle_files import Task
 from tallstore.format.dtypes import CHUNK_NUMEL
 from tallstore.format.manifest import Sparse, Whole
+from tallstore.format.owners import Task
 from tallstore.format.payloads import Coded, coded_part
 from tallstore.inspecting.lineage import Lineage
 from tallstore.loading.coded import open_sides

@@ -19,8 +19,9 @@ from torch import Tensor
 from tallstore import files
 from tallstore.checkpoints import Checkpoint
 from tallstore.errors import OptionError
-from tallstore.format.bundle_files import BundleFiles, Task
+from tallstore.format.bundle_files import BundleFiles
 from tallstore.format.dtypes import CHUNK_NUMEL
+from tallstore.format.owners import Task
 from tallstore.format.payloads import Coded, coded_part
 from tallstore.loading.coded import open_coded
 from tallstore.loading.decode import deltas
