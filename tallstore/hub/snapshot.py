@@ -5,14 +5,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tallstore.errors import NotFetchedError, OptionError
 from tallstore.format import layout
 from tallstore.format.manifest import FileEntry
-from tallstore.hub import ranges, transfer
+from tallstore.hub import transfer
 from tallstore.hub.ids import HubId, on_hub
 from tallstore.hub.pinned import Access, PinnedRepository, discard, pin
 from tallstore.meter import Progress
+
+if TYPE_CHECKING:
+    from tallstore.hub.ranges import RemoteShard
 
 
 class Snapshot:
@@ -36,11 +40,15 @@ class Snapshot:
 
     def is_better_read_there(self, entry: FileEntry, nbytes: int) -> bool:
         """As `Source.is_better_read_there`."""
+        from tallstore.hub import ranges  # noqa: PLC0415 - numpy, which `inspect` does without
+
         access = self.repository.access
         return not access.is_offline and not access.force_download and ranges.is_worth_it(entry, nbytes)
 
-    def read_there(self, entry: FileEntry, tell: Callable[[int], object]) -> ranges.RemoteShard:
+    def read_there(self, entry: FileEntry, tell: Callable[[int], object]) -> RemoteShard:
         """As `Source.read_there`."""
+        from tallstore.hub import ranges  # noqa: PLC0415
+
         return ranges.RemoteShard(self.repository, entry, tell)
 
     def have(self, entries: Sequence[FileEntry], progress: Progress | None = None, *, check: bool = False) -> None:
