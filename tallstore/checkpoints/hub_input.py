@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tallstore.hub.pinned import Access
 
 
-def download(repo_id: str, revision: str | None, access: Access) -> tuple[Path, HubRef]:
+def download(repo_id: str, revision: str | None, access: Access, *, typed: bool) -> tuple[Path, HubRef]:
     """Download the weights of a model and what lies beside them into the Hub's cache; what is there is not sent again.
 
     Safetensors are preferred: pickles are downloaded only where there is no standard safetensors file.
@@ -28,6 +28,7 @@ def download(repo_id: str, revision: str | None, access: Access) -> tuple[Path, 
         repo_id: ``"org/name"``.
         revision: a branch, a tag or a commit.
         access: how the Hub is reached.
+        typed: whether somebody typed the id, who may have meant a path.
 
     Returns:
         The directory, and the commit that *revision* (by default ``main``) stands for.
@@ -38,11 +39,17 @@ def download(repo_id: str, revision: str | None, access: Access) -> tuple[Path, 
         InputError: the Hub cannot be reached and the cache has not everything, or access is refused.
     """
     where = f"{repo_id}@{revision}" if revision else repo_id
-    directory = _snapshot(where, repo_id, revision, access, DOWNLOAD_PATTERNS)
+    try:
+        directory = _snapshot(repo_id, revision, access, DOWNLOAD_PATTERNS)
+    except Exception as error:  # noqa: BLE001 - as in `_hub_error`
+        raise _hub_error(where, error, typed=typed) from None
     refuse_by_config(where, directory)
     ref = HubRef(repo_id, directory.name)  # the cache keeps a snapshot in a directory of its commit's name
     names = _weight_names(where, directory, _file_names(ref, access, directory))
-    _snapshot(where, repo_id, ref.revision, access, names)
+    try:
+        _snapshot(repo_id, ref.revision, access, names)
+    except Exception as error:  # noqa: BLE001
+        raise _hub_error(where, error, typed=False) from None
     return directory, ref
 
 
@@ -74,11 +81,11 @@ def _file_names(ref: HubRef, access: Access, directory: Path) -> frozenset[str]:
     return frozenset(path.name for path in directory.glob("*"))
 
 
-def _snapshot(where: str, repo_id: str, revision: str | None, access: Access, patterns: Sequence[str]) -> Path:
+def _snapshot(repo_id: str, revision: str | None, access: Access, patterns: Sequence[str]) -> Path:
     import huggingface_hub  # noqa: PLC0415
 
-    try:
-        path = huggingface_hub.snapshot_download(
+    return Path(
+        huggingface_hub.snapshot_download(
             repo_id,
             revision=revision,
             token=access.token,
@@ -87,11 +94,7 @@ def _snapshot(where: str, repo_id: str, revision: str | None, access: Access, pa
             allow_patterns=list(patterns),
             tqdm_class=bar_class(),
         )
-    # Its messages have several lines, and those of the HTTP client below it may quote the request's headers, where the
-    # token is: none is passed on.
-    except Exception as error:  # noqa: BLE001
-        raise _hub_error(where, error) from None
-    return Path(path)
+    )
 
 
 _KINDS: Final[dict[Reason, type[InputError]]] = {
@@ -102,16 +105,30 @@ _KINDS: Final[dict[Reason, type[InputError]]] = {
 _PROBLEMS: Final[dict[Reason, str]] = {
     "gated": "is a gated model; accept its terms on the Hub, and give the token of that account",
     "no revision": "the Hub has that model, but no such revision; give another",
-    "no repository": "no such path here, and no such model on the Hub; a private one needs a token (`hf auth login`)",
-    "invalid id": "no such path here, and no valid id of a model on the Hub",
+    "no repository": "no such model on the Hub; a private one needs a token (`hf auth login`)",
+    "invalid id": "no valid id of a model on the Hub",
     "no access": "the Hub refuses access (HTTP {status}); give a token that may read this model",
     "busy": "the Hub answers with HTTP {status}; try again later",
-    "unreachable": "no such path here; the Hub cannot be reached, and its cache here does not have the whole model",
+    "unreachable": "the Hub cannot be reached, and its cache here does not have the whole model",
     "other": "cannot be downloaded from the Hub ({name}); try again, or give a local directory",
 }
 
 
-def _hub_error(where: str, error: Exception) -> InputError:
+_NO_PATH: Final[dict[Reason, str]] = {
+    "no repository": "no such path here, and ",
+    "invalid id": "no such path here, and ",
+    "unreachable": "no such path here; ",
+}
+
+
+def _hub_error(where: str, error: Exception, *, typed: bool) -> InputError:
+    """The error of one line for one of the client's.
+
+    Its messages have several lines, and those of the HTTP client below it may quote the request's headers, where the
+    token is: none is passed on.
+    """
     refusal = refusal_of(error)
     problem = _PROBLEMS[refusal.reason].format(status=refusal.status, name=refusal.name)
+    if typed:
+        problem = _NO_PATH.get(refusal.reason, "") + problem
     return _KINDS.get(refusal.reason, InputError)(where, problem)

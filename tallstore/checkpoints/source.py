@@ -57,7 +57,7 @@ def open_checkpoint(source: CheckpointSource, access: Access | None = None) -> C
     hub_id = parse_hub_id(text) if isinstance(source, str) else None
     if hub_id is None or path.suffix.lower() in _WEIGHT_SUFFIXES:
         raise CheckpointNotFoundError(text or "''", "there is no such file or directory")
-    return open_hub_checkpoint(hub_id.repo_id, hub_id.revision, access)
+    return _open_download(hub_id.repo_id, hub_id.revision, access, typed=True)
 
 
 def open_hub_checkpoint(repo_id: str, revision: str | None, access: Access | None = None) -> Checkpoint:
@@ -66,7 +66,11 @@ def open_hub_checkpoint(repo_id: str, revision: str | None, access: Access | Non
     Raises:
         InputError: as `open_checkpoint`.
     """
-    directory, hub = download(repo_id, revision, access or Access())
+    return _open_download(repo_id, revision, access, typed=False)
+
+
+def _open_download(repo_id: str, revision: str | None, access: Access | None, *, typed: bool) -> Checkpoint:
+    directory, hub = download(repo_id, revision, access or Access(), typed=typed)
     where = f"{hub.repo_id}@{hub.revision}"
     return _open_weights(find_weights(where, directory), Origin(where, directory=directory, hub=hub))
 

@@ -152,3 +152,27 @@ def ranged(source: str, task: str, names: Sequence[str], **options: Any) -> tupl
             return found, bundle.bytes_read
     finally:
         ranges.LARGE_NBYTES, ranges._FIRST_NBYTES = before
+
+
+def by_other_ways(source: str, tasks: Sequence[str], **options: Any) -> list[str]:
+    """Hashes of three experts: one whose tensors come one by one, one loaded into a model, one switched to."""
+    from torch import nn  # noqa: PLC0415 - what most calls do without
+
+    with tallstore.open_bundle(source, **options) as bundle:
+        first = dict(bundle.items(tasks[0]))
+        model = nn.Module()
+        for name, tensor in first.items():
+            model.register_buffer(name.replace(".", "_"), tensor.clone())
+        state = {name: getattr(model, name.replace(".", "_")) for name in first}
+        model.state_dict = lambda *_, **__: state  # type: ignore[assignment,method-assign]
+        hashes = [_digest(first)]
+        bundle.load_into(model, tasks[1])
+        hashes.append(_digest(state))
+        bundle.attach(model).set_expert(tasks[2])
+        return [*hashes, _digest(state)]
+
+
+def density(source: str, tasks: Sequence[str] | None, **options: Any) -> float | None:
+    """Of the masks of some tasks."""
+    with tallstore.open_bundle(source, **options) as bundle:
+        return bundle.statistics(tasks).density

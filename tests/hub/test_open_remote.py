@@ -320,3 +320,22 @@ def test_a_bundle_shows_itself_by_its_id(hub, process, tmp_path):
     in_a_line, in_lines, path, _ = call(process, shown, "org/bundle", cache_dir=tmp_path).value
     assert in_a_line.startswith(f"<Bundle 'org/bundle@{path.name[:12]}': 20 tasks")
     assert in_lines.startswith(f"bundle org/bundle@{path.name[:12]}: 20 tasks")
+
+
+# --- other ways to an expert ---
+
+
+def test_models_and_switches_fetch_what_they_need(hub, process, bundle, tmp_path):
+    found = call(process, pulls.by_other_ways, "org/bundle", TASKS[:3], cache_dir=tmp_path)
+    assert found.error is None, found.problem
+    assert found.value == [digests(bundle, [task], base=base_model())[task] for task in TASKS[:3]]
+    own, shared = paths_of(bundle, *TASKS[:3])
+    assert fetched(hub, "org/bundle") == {layout.MANIFEST, *own, *shared}
+
+
+def test_statistics_need_no_shared_vectors(hub, process, bundle, tmp_path):
+    found = call(process, pulls.density, "org/bundle", TASKS[:2], cache_dir=tmp_path)
+    assert 0 < found.value < 1
+    assert not [path for path in fetched(hub, "org/bundle") if path.startswith("groups/g0001/merged")]
+    none = call(process, pulls.density, "org/bundle", None, cache_dir=tmp_path / "other")
+    assert (none.error, "name the tasks" in none.problem) == ("NotFetchedError", True)
