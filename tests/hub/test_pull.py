@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +17,9 @@ import pytest
 import tallstore
 from tallstore.format import layout
 from tests.hub import pulls
-from tests.hub.client_process import client_process
+from tests.hub.client_process import client_environment, client_process
 from tests.hub.loopback import LoopbackHub
-from tests.hub.loopback.faults import Drop, Hold, Status, Tamper, Truncate
+from tests.hub.loopback.faults import Delay, Drop, Hold, Status, Tamper, Truncate
 from tests.hub.pulls import call, contents, digests, start
 from tests.model_directories import expert_tensors, pack_models, save_model, save_models
 
@@ -275,6 +280,11 @@ def test_a_fault_that_passes_is_got_over(case, fault, request_of):
     assert tallstore.verify(found.value) == []
 
 
+def test_slow_answers_are_waited_for(case):
+    case.hub.inject(Delay(0.1), times=None)
+    assert tallstore.verify(case.pull(tasks=["task1"]).value) == []
+
+
 @pytest.mark.parametrize("where", ["cache", "directory"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_that_stays_leaves_no_bundle(case, tmp_path, fault, where):
@@ -352,3 +362,27 @@ def test_a_pull_into_a_directory_that_another_fills_is_told(case, tmp_path):
     hold.released.set()
     assert first.result().error is None
     assert second.error == "OutputBusyError"
+
+
+# --- stopped ---
+
+
+@pytest.mark.skipif(os.name != "posix", reason="has no SIGINT to send")
+@pytest.mark.parametrize("where", ["cache", "directory"])
+def test_ctrl_c_leaves_nothing_half_made(case, tmp_path, where):
+    hold = Hold()
+    case.hub.inject(hold, "GET", f"/{case.repo_id}/resolve/*/base/model.safetensors")
+    out = ("--out", str(case.out)) if where == "directory" else ()
+    environment = client_environment(case.hub.url, tmp_path / "home", token=case.hub.token)
+    command = [sys.executable, "-m", "tallstore", "pull", case.repo_id, *out]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as child:
+        assert hold.reached.wait(60)
+        child.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        hold.released.set()
+        _, said = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert said.strip() == "interrupted"
+    assert not case.out.exists()
+    assert not list(tmp_path.rglob("*.incomplete"))
+    assert not list(tmp_path.rglob("base/model.safetensors"))
