@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable
 from typing import Final, TypeVar
@@ -12,8 +13,7 @@ Result = TypeVar("Result")
 
 _WAITS: Final = (0.5, 1.0, 2.0, 4.0)  # seconds
 _LONGEST_WAIT: Final = 30.0  # whatever the Hub asks for
-# Most often there is no network at all; or the client has tried for long.
-_SETTLED: Final = frozenset({"ConnectError", "ConnectTimeout", "LocalEntryNotFoundError"})
+_NOBODY_THERE: Final = frozenset({"ConnectError", "ConnectTimeout"})  # most often there is no network at all
 
 
 def patiently(action: Callable[[], Result]) -> Result:
@@ -38,11 +38,19 @@ def patiently(action: Callable[[], Result]) -> Result:
 
 def is_passing(error: Exception) -> bool:
     """Whether what failed may go well the next time, and the client has not found out yet."""
-    if type(error).__name__ in _SETTLED:
+    kind = type(error).__name__
+    if kind in _NOBODY_THERE or (kind == "LocalEntryNotFoundError" and _client_has_tried()):
         return False
     # A body that ended early is an OSError without a number to the client, and what Xet lost a RuntimeError.
     is_short = type(error) is OSError and error.errno is None
     return may_pass(error) or is_short or type(error) is RuntimeError
+
+
+def _client_has_tried() -> bool:
+    """Whether the client itself asks again where it cannot find out what a file is; older ones do not."""
+    from huggingface_hub import get_hf_file_metadata  # noqa: PLC0415 - takes long to import
+
+    return "retry_on_errors" in inspect.signature(get_hf_file_metadata).parameters
 
 
 def _retry_after(error: Exception) -> float | None:
