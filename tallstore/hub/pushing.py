@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +21,12 @@ from tallstore.errors import (
 )
 from tallstore.files import Written, hash_bytes, hash_file
 from tallstore.format import layout
-from tallstore.format.manifest import FileEntry, Manifest
-from tallstore.format.parsing import MAX_JSON_NBYTES, parse_manifest
+from tallstore.format.manifest import FileEntry, Manifest, TaskTable
+from tallstore.format.parsing import MAX_JSON_NBYTES, is_newer_minor, parse, parse_manifest
 from tallstore.hub.card import render
-from tallstore.hub.changes import Changes, RemoteFile, compare
+from tallstore.hub.changes import Changes, RemoteFile, compare, is_same
 from tallstore.hub.repository import Head, Repository
-from tallstore.inspecting.summary import summarise
+from tallstore.inspecting.summary import Tables, summarise, summarise_task
 from tallstore.meter import Progress
 from tallstore.verifying import verify
 
@@ -32,10 +34,10 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete
 
 README: Final = "README.md"
-# Of these the client itself reads the whole into memory when it commits.
+# Files that go into git, which the client reads into memory when it commits.
 _SMALL_NBYTES: Final = 1 << 20
-# What a repository may hold and be called empty.
-_HARMLESS: Final = frozenset({README, "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE"})
+# What a repository may hold and be called empty: what is there for people.
+_HARMLESS: Final = re.compile(r"\.[^/]*|LICENSE|NOTICE|.*\.(?:md|txt|pdf|png|jpe?g|gif|svg|webp)", re.IGNORECASE)
 
 
 def push(
@@ -205,6 +207,7 @@ class _LocalBundle:
     Attributes:
         root: its directory.
         manifest, raw_manifest: tallstore.json.
+        files: what it lists, by path.
     """
 
     def __init__(self, root: Path) -> None:
@@ -214,6 +217,7 @@ class _LocalBundle:
         except (FileNotFoundError, NotADirectoryError):
             raise BundleNotFoundError(f"{root}: there is no bundle (no {layout.MANIFEST}); check the path") from None
         self.manifest = parse_manifest(self.raw_manifest, layout.MANIFEST)
+        self.files = {file.path: file for file in self.manifest.files}
 
     def readme(self) -> str | None:
         """The model card here, None where there is none."""
@@ -230,13 +234,13 @@ class _LocalBundle:
             return None
 
     def content(self, entry: FileEntry) -> Path | bytes:
-        """What is to be uploaded of a file: where it is; of a small one, the bytes, which are the right ones.
+        """What is to be uploaded of a file: where it is; for git, the bytes, which are the right ones.
 
         Raises:
             IntegrityError: they are not, any more.
         """
         place = layout.resolve(self.root, entry.path)
-        if entry.size > _SMALL_NBYTES:
+        if entry.git_oid is None or entry.size > _SMALL_NBYTES:
             return place
         raw = place.read_bytes()
         if hash_bytes(raw).sha256 != entry.sha256:
@@ -264,14 +268,15 @@ def _compare(local: _LocalBundle, repository: Repository, request: _Request) -> 
     """
     head = repository.head()
     there: Mapping[str, RemoteFile] = {}
-    manifest, readme = None, None
+    known: Mapping[str, bytes] = {}
+    manifest = None
     if head is not None:
         _refuse_options(repository, head, request)
         there = repository.files(head.commit)
-        manifest = _remote_manifest(repository, head, there, local, overwrite=request.overwrite)
-        if README in there:
-            readme = _decode(repository.read(README, head.commit), f"{repository.where}, {README}")
-    raw_readme = _card(local, repository, readme)
+        tables = [path for path in _missing_tables(local) if is_same(local.files[path], there.get(path), local.git_oid)]
+        known = repository.read([path for path in (README, layout.MANIFEST, *tables) if path in there], head.commit)
+        manifest = _remote_manifest(repository, there, known, local, overwrite=request.overwrite)
+    raw_readme = _card(local, repository, known)
     wanted = (
         *local.manifest.files,
         _entry(README, hash_bytes(raw_readme)),
@@ -299,7 +304,12 @@ def _refuse_options(repository: Repository, head: Head, request: _Request) -> No
 
 
 def _remote_manifest(
-    repository: Repository, head: Head, there: Mapping[str, RemoteFile], local: _LocalBundle, *, overwrite: bool
+    repository: Repository,
+    there: Mapping[str, RemoteFile],
+    known: Mapping[str, bytes],
+    local: _LocalBundle,
+    *,
+    overwrite: bool,
 ) -> Manifest | None:
     """The manifest of the bundle that is there; None where there is none, or none that is read here.
 
@@ -308,23 +318,17 @@ def _remote_manifest(
     """
     manifest = None
     if layout.MANIFEST in there:
-        if there[layout.MANIFEST].git_oid == hash_bytes(local.raw_manifest).git_oid:
-            return local.manifest
         try:
-            manifest = parse_manifest(repository.read(layout.MANIFEST, head.commit), layout.MANIFEST)
+            manifest = parse_manifest(known[layout.MANIFEST], layout.MANIFEST)
             problem = _other_bundle(local.manifest, manifest)
         except FormatError as error:
             problem = f"has a bundle that cannot be read ({error})"
     else:
-        foreign = next((path for path in sorted(there) if not _is_harmless(path)), None)
+        foreign = next((path for path in sorted(there) if not _HARMLESS.fullmatch(path)), None)
         problem = None if foreign is None else f"has {foreign!r}, and no bundle"
     if problem is not None and not overwrite:
         raise OutputExistsError(f"{repository.where}: {problem}; choose another repository, or give overwrite=True")
     return manifest
-
-
-def _is_harmless(path: str) -> bool:
-    return path in _HARMLESS or path.startswith(".")
 
 
 def _other_bundle(ours: Manifest, theirs: Manifest) -> str | None:
@@ -337,7 +341,7 @@ def _other_bundle(ours: Manifest, theirs: Manifest) -> str | None:
 
 
 def _base_table(manifest: Manifest) -> str | None:
-    """The sha256 of base.json, which is that of every hash of the base's tensors."""
+    """The sha256 of base.json, in which the hash of every tensor is."""
     return next((file.sha256 for file in manifest.files if file.path == layout.BASE_TABLE), None)
 
 
@@ -357,8 +361,32 @@ def _refuse_missing(local: _LocalBundle, repository: Repository, changes: Change
         )
 
 
-def _card(local: _LocalBundle, repository: Repository, remote: str | None) -> bytes:
-    return render(summarise(local.root), repository.id, local.readme(), remote, repository.licence_of).encode()
+def _missing_tables(local: _LocalBundle) -> list[str]:
+    """The tables of tasks that were not fetched: the card says of them what it said before."""
+    tables = [layout.task_table(task.slug) for task in local.manifest.tasks]
+    return [path for path in tables if path in local.files and not os.path.lexists(local.root / path)]
+
+
+def _card(local: _LocalBundle, repository: Repository, known: Mapping[str, bytes]) -> bytes:
+    """README.md.
+
+    Args:
+        local: the bundle.
+        repository: where it goes.
+        known: files of the repository: its README.md, and tables of tasks that are not here.
+    """
+    summary, tables = summarise(local.root), Tables(local.root)
+    entries = {task.slug: task for task in local.manifest.tasks}
+    tasks = []
+    for task in summary.tasks:
+        path = layout.task_table(task.slug)
+        if path in known:
+            table = parse(known[path], TaskTable, path, newer_minor=is_newer_minor(local.manifest))
+            task = summarise_task(tables, entries[task.slug], table, fetched=False)
+        tasks.append(task)
+    remote = _decode(known[README], f"{repository.where}, {README}") if README in known else None
+    whole = dataclasses.replace(summary, tasks=tuple(tasks))
+    return render(whole, repository.id, local.readme(), remote, repository.licence_of).encode()
 
 
 def _entry(path: str, written: Written) -> FileEntry:

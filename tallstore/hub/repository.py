@@ -7,7 +7,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -124,11 +124,17 @@ class Repository:
             if isinstance(file, RepoFile)
         }
 
-    def read(self, path: str, commit: str) -> bytes:
-        """A file of a commit."""
+    def read(self, paths: Collection[str], commit: str) -> Mapping[str, bytes]:
+        """Files of a commit by path; those that are not there are left out."""
+        if not paths:
+            return {}
         with tempfile.TemporaryDirectory() as folder, _bars_on_terminals():
-            place = self._ask(lambda: self._api.hf_hub_download(self.id, path, revision=commit, local_dir=folder))
-            return Path(place).read_bytes()
+            self._ask(
+                lambda: self._api.snapshot_download(
+                    self.id, revision=commit, allow_patterns=list(paths), local_dir=folder
+                )
+            )
+            return {path: (Path(folder) / path).read_bytes() for path in paths if (Path(folder) / path).is_file()}
 
     def licence_of(self, repo_id: str, revision: str | None) -> Mapping[str, str]:
         """What another model's card says of its licence; nothing where that cannot be read."""

@@ -31,6 +31,11 @@ def push(hub, plain_process):
     return Pusher(plain_process, hub.url, OWNER)
 
 
+def table(hub):
+    """The lines of the card's table."""
+    return [line for line in hub.repositories[REPO].read()["README.md"].splitlines() if line.startswith(b"| ")]
+
+
 def sent(hub):
     """How many large files were sent."""
     return len(hub.log.select("PUT", "/lfs/*"))
@@ -215,8 +220,9 @@ def test_what_is_no_bundle_is_not_pushed_over(hub, push, bundles):
     assert hub.repositories[REPO].read()["model.safetensors"] == b"weights"
 
 
-def test_a_repository_with_a_card_and_a_licence_is_empty(hub, push, bundles):
-    hub.add(REPO).push({"README.md": b"---\nlicense: mit\n---\n", "LICENSE": b"MIT", ".gitignore": b"x"})
+def test_a_repository_with_a_card_a_licence_and_a_picture_is_empty(hub, push, bundles):
+    files = {"README.md": b"---\nlicense: mit\n---\n", "LICENSE": b"MIT", ".gitignore": b"x", "images/a.png": b"\x89"}
+    hub.add(REPO).push(files)
     push(bundles / "two", REPO)
     assert pushed(hub) == contents(bundles / "two")
     assert b"license: mit\n" in hub.repositories[REPO].read()["README.md"]
@@ -237,10 +243,15 @@ def test_what_was_not_fetched_must_be_there_already(hub, push, bundles, two):
     assert outcome.problem.startswith(f"{two}: task 'task2' was not fetched, and {REPO} does not have it")
     assert REPO not in hub.repositories
     push(bundles / "two", REPO)
-    (two / "README.md").write_text("# In part\n")
+    (two / "README.md").write_text("# In part\n\n<!-- tallstore:begin -->\n<!-- tallstore:end -->\n")
+    whole = table(hub)
     push(two, REPO)
     assert pushed(hub) == contents(bundles / "two")
+    assert titles(hub)[0] == "Bundle of 2 tasks"
+    # What is not here is in the card as it was.
     assert b"# In part" in hub.repositories[REPO].read()["README.md"]
+    assert table(hub) == whole
+    assert len(whole) == 4
 
 
 def test_a_file_that_changes_meanwhile_is_not_committed(hub, push, two):
