@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 
+import msgspec
 import pytest
 
+from tallstore.format.parsing import parse_manifest, serialise_manifest
 from tests.hub.loopback import Account, LoopbackHub
 from tests.hub.loopback.faults import Call
 from tests.hub.pushes import REPO, Pusher, contents, pushed, titles
@@ -234,6 +236,40 @@ def test_a_bundle_that_cannot_be_read_is_not_pushed_over(hub, push, bundles):
     assert outcome.error == "OutputExistsError"
     assert f"{REPO}: has a bundle that cannot be read (tallstore.json: " in outcome.problem
     assert push(bundles / "two", REPO, overwrite=True).oid
+
+
+def test_a_card_that_is_no_text_is_refused(hub, push, two):
+    (two / "README.md").write_bytes(b"caf\xe9")
+    outcome = push(two, REPO)
+    assert outcome.error == "CardError"
+    assert outcome.problem == f"{two}/README.md: is not UTF-8 (byte 3); save it as UTF-8"
+    (two / "README.md").unlink()
+    hub.add(REPO).push({"README.md": b"caf\xe9"})
+    outcome = push(two, REPO)
+    assert outcome.problem == f"{REPO}, README.md: is not UTF-8 (byte 3); save it as UTF-8"
+    assert "tallstore.json" not in hub.repositories[REPO].read()
+
+
+def test_the_licence_of_the_bases_card_is_passed_on(hub, push, two):
+    hub.add("org/base").push({"README.md": b"---\nlicense: cc-by-4.0\n---\n"})
+    name_base(two, "org/base")
+    push(two, REPO)
+    readme = hub.repositories[REPO].read()["README.md"]
+    assert b"license: cc-by-4.0\n" in readme
+    assert b"base_model: org/base\n" in readme
+
+
+def test_a_base_that_cannot_be_asked_has_no_licence(hub, push, two):
+    name_base(two, "org/nowhere")
+    assert push(two, REPO).error is None
+    assert b"license" not in hub.repositories[REPO].read()["README.md"]
+
+
+def name_base(bundle, repo_id):
+    """Let a bundle's manifest name its base."""
+    manifest = parse_manifest((bundle / "tallstore.json").read_bytes(), "tallstore.json")
+    pin = msgspec.structs.replace(manifest.base, repo_id=repo_id)
+    (bundle / "tallstore.json").write_bytes(serialise_manifest(msgspec.structs.replace(manifest, base=pin)))
 
 
 def test_what_was_not_fetched_must_be_there_already(hub, push, bundles, two):

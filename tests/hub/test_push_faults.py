@@ -10,8 +10,8 @@ import pytest
 
 from tests.hub.client_process import client_environment, client_process
 from tests.hub.conftest import NOWHERE
-from tests.hub.loopback.faults import Call, Delay, Drop, Hold, LoseAnswer, Status
-from tests.hub.loopback.wire import DropError
+from tests.hub.loopback.faults import Call, Delay, Drop, Fault, Hold, LoseAnswer, Status, Truncate
+from tests.hub.loopback.wire import Answer, DropError
 from tests.hub.pushes import REPO, Pusher, contents, pushed, titles
 
 API = f"/api/models/{REPO}"
@@ -61,6 +61,16 @@ def test_what_passes_is_tried_again_and_committed_once(hub, push, bundles, reque
     assert outcome.oid == hub.repositories[REPO].refs["refs/heads/main"], outcome.problem
     assert titles(hub) == ["Bundle of 2 tasks", "initial commit"]
     assert pushed(hub) == contents(bundles / "two")
+
+
+@pytest.mark.parametrize("fault", [Status(503), Status(429), Drop(), Truncate(10)], ids=repr)
+@pytest.mark.usefixtures("ready")
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+def test_what_passes_while_the_manifest_is_read_is_tried_again(hub, push, bundles, method, fault):
+    hub.inject(fault, method, f"/{REPO}/resolve/*")
+    outcome = push(bundles / "three", REPO)
+    assert outcome.error is None, outcome.problem
+    assert pushed(hub) == contents(bundles / "three")
 
 
 def test_a_lost_answer_is_looked_up(hub, push, bundles, ready):
@@ -116,12 +126,25 @@ def test_a_hub_that_is_not_there_is_told_in_one_line(push, bundles, plain_proces
 
 
 def test_metadata_that_the_hub_refuses_are_told(hub, push, bundles, ready):
-    """Before anything is sent."""
-    hub.inject(Status(400, message="license: is none"), "POST", "/api/validate-yaml")
+    """The loopback Hub takes whatever is YAML; the Hub's answer to more than that is made up here."""
+    refusal = {"errors": [{"message": '"license" must be one of these'}], "warnings": []}
+    hub.inject(Reply(refusal, 400), "POST", "/api/validate-yaml")
     outcome = push(bundles / "three", REPO)
-    assert outcome.error in {"CardError", "HubError"}
-    assert "\n" not in outcome.problem
+    assert outcome.error == "CardError"
+    assert outcome.problem == (
+        f'{REPO}, README.md: the Hub refuses its metadata ("license" must be one of these); correct them'
+    )
     assert len(titles(hub)) == 2
+
+
+class Reply(Fault):
+    """An answer of JSON instead of the Hub's own."""
+
+    def __init__(self, value, status):
+        self.answer = Answer.of_json(value, status)
+
+    def after(self, answer):
+        return self.answer
 
 
 # --- others

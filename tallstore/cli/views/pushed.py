@@ -9,7 +9,7 @@ from rich.text import Text
 from tallstore.cli import terminal
 from tallstore.cli.figures import several
 from tallstore.cli.tables import Column, print_table
-from tallstore.hub.pushing import PushPlan
+from tallstore.hub.planning import PushPlan
 from tallstore.sizes import readable
 
 if TYPE_CHECKING:
