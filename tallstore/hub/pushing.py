@@ -103,10 +103,10 @@ def carry_out(planned: PushPlan, message: str | None = None, description: str | 
     message, head, repository = message or planned.message, planned.head, planned.repository
     if head is None:
         raise HubError(repository.where, "was made, and is not there; push again")
-    if planned.changes.is_empty:
-        return repository.unchanged(head.commit, message=message, description=description)
     if head.is_new_branch:
         repository.create_branch(head.commit)
+    if planned.changes.is_empty:
+        return repository.unchanged(head.commit, message=message, description=description)
     return repository.commit(
         [*_upload(planned), *_deletions(planned)],
         head.commit,

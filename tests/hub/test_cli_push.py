@@ -20,7 +20,8 @@ def test_a_push_says_what_went_and_where(hub, tool, bundles):
     printed, aside = tool("push", bundles / "two", REPO, "--private", "--message", "Mine")
     commit = hub.repositories[REPO].refs["refs/heads/main"]
     first, last = printed.splitlines()
-    assert first.startswith(f"pushed to {REPO}: {len(contents(bundles / 'two')) + 1} files to upload, ")
+    assert first.startswith(f"pushed to {REPO}: {len(contents(bundles / 'two')) + 1} files (")
+    assert first.endswith(" uploaded, 0 files (0 B) there already")
     assert last == f"{hub.url}/{REPO}/commit/{commit}"
     assert aside == ""
     assert titles(hub)[0] == "Mine"

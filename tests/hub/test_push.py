@@ -137,6 +137,12 @@ def test_a_branch_is_made_and_main_stays(hub, push, bundles):
     assert pushed(hub) == contents(bundles / "two")
 
 
+def test_a_branch_is_made_though_nothing_changed(hub, push, bundles):
+    main = push(bundles / "two", REPO).oid
+    assert push(bundles / "two", REPO, revision="same").oid == main
+    assert hub.repositories[REPO].refs["refs/heads/same"] == main
+
+
 def test_a_new_repository_may_begin_with_a_branch(hub, push, bundles):
     push(bundles / "two", REPO, revision="next")
     assert pushed(hub) == {}
