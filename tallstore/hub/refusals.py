@@ -17,7 +17,7 @@ Reason: TypeAlias = Literal[
 ]
 
 _PASSING_STATUSES: Final = frozenset({408, 425, 429})
-# Of the HTTP client below the Hub's: no answer came, or not to its end. Last, what hf_xet raises then.
+# Of the HTTP client below the Hub's: no answer came, or not to its end.
 _PASSING_ERRORS: Final = frozenset({"TimeoutException", "NetworkError", "RemoteProtocolError"})
 _UNREACHABLE: Final = _PASSING_ERRORS | {"LocalEntryNotFoundError", "ProxyError", "OfflineModeIsEnabled"}
 
