@@ -10,17 +10,21 @@ from typing import Final, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from tallstore.checkpoints.torch_dtypes import TORCH_DTYPES
 from tallstore.format.bundle_files import BundleFiles, Task
-from tallstore.format.dtypes import CHUNK_NUMEL, TensorSpec
+from tallstore.format.dtypes import CHUNK_NUMEL, Dtype, TensorSpec
 from tallstore.format.manifest import BasedTensor, ExtendedTensor, PrivateTensor
-from tallstore.format.payloads import Stored, coded_part, further_of, leading_shape, values_of
+from tallstore.format.payloads import Coded, Stored, coded_part, further_of, leading_shape, values_of
 from tallstore.format.shard_reader import PayloadReader
 from tallstore.loading import parallel
 from tallstore.loading.coded import open_coded
+from tallstore.loading.compiled import open_compiled
 from tallstore.loading.decode import copy_cast
+from tallstore.loading.forms import form_of
 from tallstore.loading.fresh_memory import Wanted, fresh
+from tallstore.loading.kernels import kernels
 from tallstore.loading.pinned_base import PinnedBase
 
 _JOB_NUMEL: Final = CHUNK_NUMEL // 2
@@ -70,6 +74,7 @@ class Expert:
         """
         whole: dict[str, Tensor] = {}
         names = list(names)
+        self._expect(names)
 
         def wanted(name: str) -> Wanted:
             spec = self.spec(name)
@@ -90,6 +95,7 @@ class Expert:
         Raises:
             TallstoreError: as `read`. Any part of *destinations* may have been written then.
         """
+        self._expect(destinations)
         parallel.run(
             _grouped(
                 piece
@@ -97,6 +103,9 @@ class Expert:
                 for piece in self._pieces(name, 0, destination.numel(), destination)
             )
         )
+        for destination in destinations.values():
+            if not destination.is_inference():
+                increment_version(destination)  # torch does not see what compiled functions write
 
     def elements(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a flat tensor in its own dtype, [stop - start], in new memory on the CPU.
@@ -128,6 +137,13 @@ class Expert:
         for piece in self._pieces(name, start, stop, destination):
             piece.write()
 
+    def _expect(self, names: Iterable[str]) -> None:
+        """Have functions compiled for what is much; what tensors are coded is known before they are read."""
+        for tensor in map(self.task.tensor, names):
+            coded = coded_part(tensor)
+            if coded is not None:
+                kernels.expect(form_of(self.task, coded, tensor.dtype), coded.numel)
+
     def _pieces(self, name: str, start: int, stop: int, destination: Tensor) -> Iterator[_Piece]:
         """What `read` does, chunk by chunk; the payloads are opened as the iteration goes on."""
         own_dtype = TORCH_DTYPES[self.task.tensor(name).dtype]
@@ -149,9 +165,15 @@ class Expert:
         if start < min(border, stop):
             coded = coded_part(tensor)
             kept = _Kept(self._base, tensor.base_name)
-            yield _Section(0, border, kept if coded is None else open_coded(self._files, self.task, self._base, coded))
+            yield _Section(0, border, kept if coded is None else self._coded(coded, tensor.dtype))
         if isinstance(tensor, ExtendedTensor) and max(border, start) < stop:
             yield _Section(border, numel, self._stored(further_of(tensor)))
+
+    def _coded(self, coded: Coded, dtype: Dtype) -> _Source:
+        kernel = kernels.kernel(form_of(self.task, coded, dtype))
+        if kernel is None:
+            return open_coded(self._files, self.task, self._base, coded)
+        return open_compiled(kernel, self._files, self.task, self._base, coded)
 
     def _stored(self, stored: Stored | None) -> _Source:
         if stored is None:
