@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+_WINDOW_NBYTES: Final = 1 << 22  # to map a file costs about as much as to copy 100 KB
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """One file.
@@ -34,6 +37,11 @@ class Shard:
     path: Path
     tensors: Mapping[str, Entry]
     version: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return self.version[2]
 
 
 def read_shard(path: Path) -> Shard:
@@ -65,7 +73,8 @@ def read_shard(path: Path) -> Shard:
 class SafetensorsCheckpoint(Checkpoint):
     """Tensors in one safetensors file or several shards.
 
-    A read maps its own range only, and keeps no file open. Mapping whole files, as torch and safetensors do, fails
+    A read maps its own range, or where that is small what follows in the file along with it, for the next reads; it
+    keeps no file open. Mapping whole files, as torch and safetensors do, fails
     where a file is larger than memory, and keeping them open takes a descriptor each: a hundred experts of ten shards
     are a thousand files.
     """
@@ -74,6 +83,7 @@ class SafetensorsCheckpoint(Checkpoint):
         """Take what `read_shard` returned for each file, and the file of each tensor."""
         self._shards = shards
         self._places = places
+        self._window: _Window | None = None
         super().__init__(origin, {name: _spec(shards[path].tensors[name]) for name, path in places.items()})
 
     def part(self, names: Iterable[str]) -> SafetensorsCheckpoint:
@@ -91,10 +101,17 @@ class SafetensorsCheckpoint(Checkpoint):
         if start == stop:
             return np.empty(0, np.uint8)
         width = DTYPES[entry.dtype]
-        return _map(shard, entry.start + start * width, entry.start + stop * width)
+        first, end = entry.start + start * width, entry.start + stop * width
+        window = self._window  # another thread may put its own there at any moment
+        if window is None or window.shard is not shard or not window.begin <= first <= end <= window.end:
+            begin = first - first % mmap.ALLOCATIONGRANULARITY
+            window = self._window = _Window(shard, begin, max(end, min(begin + _WINDOW_NBYTES, shard.nbytes)))
+        else:
+            window.check()
+        return window.elements[first - window.begin : end - window.begin]
 
     def _release(self) -> None:
-        """Nothing is held."""
+        self._window = None
 
 
 def _spec(entry: Entry) -> TensorSpec:
@@ -105,20 +122,36 @@ def _version(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _map(shard: Shard, first: int, end: int) -> NDArray[np.uint8]:
-    """Bytes [*first*, *end*) of the file, mapped as long as the array lives.
+class _Window:
+    """Bytes [*begin*, *end*) of a file, mapped as long as an array of them lives.
 
     Raises:
         DamagedCheckpointError: the file is not the one whose header was read.
         InputError: it cannot be read.
     """
-    aligned = first - first % mmap.ALLOCATIONGRANULARITY
-    try:
-        with shard.path.open("rb") as file:
-            if _version(os.fstat(file.fileno())) != shard.version:
-                raise DamagedCheckpointError(str(shard.path), "was changed while it was read; start again")
-            # Private and writable: torch wants arrays that can be written to, and the file must not be.
-            mapped = mmap.mmap(file.fileno(), end - aligned, access=mmap.ACCESS_COPY, offset=aligned)
-    except OSError as error:
-        raise InputError(str(shard.path), f"cannot be read: {error.strerror}") from None
-    return np.frombuffer(mapped, np.uint8, offset=first - aligned)
+
+    def __init__(self, shard: Shard, begin: int, end: int) -> None:
+        self.shard, self.begin, self.end = shard, begin, end
+        try:
+            with shard.path.open("rb") as file:
+                self._compare(os.fstat(file.fileno()))
+                # Private and writable: torch wants arrays that can be written to, and the file must not be.
+                mapped = mmap.mmap(file.fileno(), end - begin, access=mmap.ACCESS_COPY, offset=begin)
+        except OSError as error:
+            raise self._unreadable(error) from None
+        self.elements = np.frombuffer(mapped, np.uint8)
+
+    def check(self) -> None:
+        """Raise the errors that mapping it now would raise."""
+        try:
+            status = self.shard.path.stat()
+        except OSError as error:
+            raise self._unreadable(error) from None
+        self._compare(status)
+
+    def _compare(self, status: os.stat_result) -> None:
+        if _version(status) != self.shard.version:
+            raise DamagedCheckpointError(str(self.shard.path), "was changed while it was read; start again")
+
+    def _unreadable(self, error: OSError) -> InputError:
+        return InputError(str(self.shard.path), f"cannot be read: {error.strerror}")

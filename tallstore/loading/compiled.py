@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -21,14 +21,27 @@ from tallstore.loading.forms import shared_roles
 from tallstore.loading.own_values import OwnValues
 from tallstore.loading.packed import SCALED, Scaled
 from tallstore.loading.pinned_base import PinnedBase
+from tallstore.loading.resident import ResidentBase, ResidentFiles
 
 if TYPE_CHECKING:
     from tallstore.loading.decode_llvm import Kernel
 
 
+class _Prepared(NamedTuple):
+    """What a kernel takes for a range behind its destination, and the memory that the addresses are of."""
+
+    arguments: tuple[int, ...]
+    memory: tuple[object, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class CompiledElements:
-    """The base's elements, moved by what the task chose."""
+    """The base's elements, moved by what the task chose.
+
+    Attributes:
+        own: values of a sparse tensor.
+        prepared: by range, where all of it stays in memory.
+    """
 
     kernel: Kernel
     base: PinnedBase
@@ -37,6 +50,7 @@ class CompiledElements:
     vectors: Mapping[Scaled, PayloadReader]
     rows: Mapping[Scaled, _Rows]
     own: OwnValues | None
+    prepared: dict[tuple[int, int], _Prepared] | None
 
     def read(self, start: int, stop: int, destination: Tensor) -> None:
         """Write elements [start, stop), which lie in one chunk, to *destination* in the dtype of the kernel's form."""
@@ -45,21 +59,27 @@ class CompiledElements:
             self.read(start, stop, whole)
             destination.copy_(whole)
             return
+        prepared = None if self.prepared is None else self.prepared.get((start, stop))
+        if prepared is None:
+            prepared = self._prepare(start, stop)
+        self.kernel(destination.data_ptr(), *prepared.arguments)
+
+    def _prepare(self, start: int, stop: int) -> _Prepared:
         base = self.base.read(self.base_name, start, stop)
         index, offset = divmod(start, CHUNK_NUMEL)
         codes = self.codes.chunk(index)
         held: dict[Scaled, Bytes] = {name: vector.chunk(index) for name, vector in self.vectors.items()}
         if self.own is not None:
             held["values"] = self.own.read(*self.own.within(index, codes, offset, offset + stop - start))
-        self.kernel(
-            destination.data_ptr(),
-            base.data_ptr(),
-            _address(codes),
-            *(_address(held[name]) if name in held else 0 for name in SCALED),
-            offset,
-            stop - start,
-            *(number for name in SCALED for number in (self.rows[name].at(start) if name in self.rows else (0, 0, 0))),
-        )
+        arguments = [base.data_ptr(), _address(codes)]
+        arguments += [_address(held[name]) if name in held else 0 for name in SCALED]
+        arguments += [offset, stop - start]
+        for name in SCALED:
+            arguments += self.rows[name].at(start) if name in self.rows else (0, 0, 0)
+        prepared = _Prepared(tuple(arguments), (base, codes, *held.values()))
+        if self.prepared is not None and isinstance(self.base, ResidentBase) and self.base.holds(self.base_name, start):
+            self.prepared[start, stop] = prepared
+        return prepared
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +123,8 @@ def open_compiled(kernel: Kernel, files: BundleFiles, task: Task, base: PinnedBa
     }
     rows = {name: _Rows.of(*found, coded.numel) for name, found in scales.items()}
     own = OwnValues.open(files, task, coded, codes) if isinstance(coded.code, Sparse) else None
-    return CompiledElements(kernel, base, coded.base_name, codes, vectors, rows, own)
+    stays = isinstance(files, ResidentFiles) and files.is_complete(task, coded.name)
+    return CompiledElements(kernel, base, coded.base_name, codes, vectors, rows, own, {} if stays else None)
 
 
 def _address(elements: NDArray[np.generic]) -> int:

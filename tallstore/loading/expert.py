@@ -10,7 +10,6 @@ from typing import Final, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from tallstore.checkpoints.torch_dtypes import TORCH_DTYPES
 from tallstore.format.bundle_files import BundleFiles, Task
@@ -25,7 +24,9 @@ from tallstore.loading.decode import copy_cast
 from tallstore.loading.forms import form_of
 from tallstore.loading.fresh_memory import Wanted, fresh
 from tallstore.loading.kernels import kernels
+from tallstore.loading.packed import Form
 from tallstore.loading.pinned_base import PinnedBase
+from tallstore.loading.resident import ResidentFiles
 
 _JOB_NUMEL: Final = CHUNK_NUMEL // 2
 
@@ -35,6 +36,7 @@ class Expert:
 
     def __init__(self, task: Task, files: BundleFiles, base: PinnedBase) -> None:
         self.task, self._files, self._base = task, files, base
+        self._forms: dict[str, Form] = {}  # of coded tensors
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -92,6 +94,8 @@ class Expert:
     def write(self, destinations: Mapping[str, Tensor]) -> None:
         """Write whole tensors to flat tensors on the CPU, by name; cast where the dtype is another.
 
+        Torch may not see that they were written to: callers count it, where others may have kept them.
+
         Raises:
             TallstoreError: as `read`. Any part of *destinations* may have been written then.
         """
@@ -103,9 +107,6 @@ class Expert:
                 for piece in self._pieces(name, 0, destination.numel(), destination)
             )
         )
-        for destination in destinations.values():
-            if not destination.is_inference():
-                increment_version(destination)  # torch does not see what compiled functions write
 
     def elements(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a flat tensor in its own dtype, [stop - start], in new memory on the CPU.
@@ -142,7 +143,13 @@ class Expert:
         for tensor in map(self.task.tensor, names):
             coded = coded_part(tensor)
             if coded is not None:
-                kernels.expect(form_of(self.task, coded, tensor.dtype), coded.numel)
+                kernels.expect(self._form(coded, tensor.dtype), coded.numel)
+
+    def _form(self, coded: Coded, dtype: Dtype) -> Form:
+        form = self._forms.get(coded.name)
+        if form is None:
+            form = self._forms[coded.name] = form_of(self.task, coded, dtype)
+        return form
 
     def _pieces(self, name: str, start: int, stop: int, destination: Tensor) -> Iterator[_Piece]:
         """What `read` does, chunk by chunk; the payloads are opened as the iteration goes on."""
@@ -170,10 +177,11 @@ class Expert:
             yield _Section(border, numel, self._stored(further_of(tensor)))
 
     def _coded(self, coded: Coded, dtype: Dtype) -> _Source:
-        kernel = kernels.kernel(form_of(self.task, coded, dtype))
+        kernel = kernels.kernel(self._form(coded, dtype))
         if kernel is None:
             return open_coded(self._files, self.task, self._base, coded)
-        return open_compiled(kernel, self._files, self.task, self._base, coded)
+        make = partial(open_compiled, kernel, self._files, self.task, self._base, coded)
+        return self._files.opened(self.task, coded.name, make) if isinstance(self._files, ResidentFiles) else make()
 
     def _stored(self, stored: Stored | None) -> _Source:
         if stored is None:
