@@ -59,9 +59,19 @@ class Kernel:
             call(*arguments)
 
 
+@cache
+def kernel_of(form: Form) -> Kernel:
+    """The function of a form, compiled once.
+
+    Raises:
+        Exception: as `Kernel`.
+    """
+    return Kernel(form)
+
+
 def decode(packed: Packed) -> None:
     """Write every piece to its destination, as if the CPU were another device; see `Decode`."""
-    kernel, form = Kernel(packed.form), packed.form
+    kernel, form = kernel_of(packed.form), packed.form
     table = packed.region("table", torch.int64).view(-1, COLUMNS).tolist()
     scales = packed.regions["scales"].data_ptr()
     for piece in table:

@@ -7,13 +7,15 @@ import threading
 from collections import Counter
 from typing import TYPE_CHECKING, Final
 
+from tallstore.loading import decode_torch
+from tallstore.loading.agreement import agree
 from tallstore.loading.packed import Form
 
 if TYPE_CHECKING:
     from tallstore.loading.decode_llvm import Kernel
 
-#: Elements of one form: torch's operations take as long for them as it takes to load LLVM and compile the function.
-_WORTH_NUMEL: Final = 1 << 24
+#: Elements of one form: torch takes some 2 ns longer for each of them; to load LLVM and compile a function takes 60 ms.
+_WORTH_NUMEL: Final = 1 << 25
 _NARROW: Final = frozenset({"F16", "BF16", "F32"})  # what functions compute with
 
 
@@ -34,7 +36,8 @@ class Kernels:
     def kernel(self, form: Form) -> Kernel | None:
         """The function to decode elements with; None where torch and numpy are to.
 
-        Cost: where enough elements are expected, or were, about 20 ms the first time, and once the import of llvmlite.
+        Cost: where enough elements are expected, or were, about 20 ms the first time, and once the import of llvmlite,
+        about 30. What it makes of hard numbers is compared with what torch makes of them before it is used.
         """
         if form in self._found:
             return self._found[form]
@@ -53,12 +56,13 @@ def _compiled(form: Form) -> Kernel | None:
     if not {form.base, form.result, form.wanted} <= _NARROW:
         return None
     try:
-        from tallstore.loading import decode_llvm  # noqa: PLC0415 - llvmlite is an extra
+        from tallstore.loading.decode_llvm import decode, kernel_of  # noqa: PLC0415 - llvmlite is an extra
 
-        kernel = decode_llvm.Kernel(form)
+        kernel = kernel_of(form)
+        exact = agree(decode, decode_torch.decode, form)
     except Exception:  # noqa: BLE001 - not installed, or no compiler for this machine: torch can do it
         return None
-    return kernel
+    return kernel if exact else None
 
 
 kernels: Final = Kernels()
