@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-_WINDOW_NBYTES: Final = 1 << 22  # to map a file costs about as much as to copy 100 KB
+_COPIED_NBYTES: Final = 1 << 17  # to map so few, and to be given their pages one by one, takes longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +37,6 @@ class Shard:
     path: Path
     tensors: Mapping[str, Entry]
     version: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the file."""
-        return self.version[2]
 
 
 def read_shard(path: Path) -> Shard:
@@ -73,17 +68,15 @@ def read_shard(path: Path) -> Shard:
 class SafetensorsCheckpoint(Checkpoint):
     """Tensors in one safetensors file or several shards.
 
-    A read maps its own range, or where that is small what follows in the file along with it, for the next reads; it
-    keeps no file open. Mapping whole files, as torch and safetensors do, fails
-    where a file is larger than memory, and keeping them open takes a descriptor each: a hundred experts of ten shards
-    are a thousand files.
+    A read maps its own range only, or copies it where it is small, and keeps no file open. Mapping whole files, as torch
+    and safetensors do, fails where a file is larger than memory, and keeping them open takes a descriptor each: a
+    hundred experts of ten shards are a thousand files.
     """
 
     def __init__(self, origin: Origin, shards: Mapping[Path, Shard], places: Mapping[str, Path]) -> None:
         """Take what `read_shard` returned for each file, and the file of each tensor."""
         self._shards = shards
         self._places = places
-        self._window: _Window | None = None
         super().__init__(origin, {name: _spec(shards[path].tensors[name]) for name, path in places.items()})
 
     def part(self, names: Iterable[str]) -> SafetensorsCheckpoint:
@@ -101,17 +94,10 @@ class SafetensorsCheckpoint(Checkpoint):
         if start == stop:
             return np.empty(0, np.uint8)
         width = DTYPES[entry.dtype]
-        first, end = entry.start + start * width, entry.start + stop * width
-        window = self._window  # another thread may put its own there at any moment
-        if window is None or window.shard is not shard or not window.begin <= first <= end <= window.end:
-            begin = first - first % mmap.ALLOCATIONGRANULARITY
-            window = self._window = _Window(shard, begin, max(end, min(begin + _WINDOW_NBYTES, shard.nbytes)))
-        else:
-            window.check()
-        return window.elements[first - window.begin : end - window.begin]
+        return _read(shard, entry.start + start * width, entry.start + stop * width)
 
     def _release(self) -> None:
-        self._window = None
+        """Nothing is held."""
 
 
 def _spec(entry: Entry) -> TensorSpec:
@@ -122,36 +108,25 @@ def _version(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-class _Window:
-    """Bytes [*begin*, *end*) of a file, mapped as long as an array of them lives.
+def _read(shard: Shard, first: int, end: int) -> NDArray[np.uint8]:
+    """Bytes [*first*, *end*) of the file, mapped as long as the array lives; few of them in memory of their own.
 
     Raises:
         DamagedCheckpointError: the file is not the one whose header was read.
         InputError: it cannot be read.
     """
-
-    def __init__(self, shard: Shard, begin: int, end: int) -> None:
-        self.shard, self.begin, self.end = shard, begin, end
-        try:
-            with shard.path.open("rb") as file:
-                self._compare(os.fstat(file.fileno()))
-                # Private and writable: torch wants arrays that can be written to, and the file must not be.
-                mapped = mmap.mmap(file.fileno(), end - begin, access=mmap.ACCESS_COPY, offset=begin)
-        except OSError as error:
-            raise self._unreadable(error) from None
-        self.elements = np.frombuffer(mapped, np.uint8)
-
-    def check(self) -> None:
-        """Raise the errors that mapping it now would raise."""
-        try:
-            status = self.shard.path.stat()
-        except OSError as error:
-            raise self._unreadable(error) from None
-        self._compare(status)
-
-    def _compare(self, status: os.stat_result) -> None:
-        if _version(status) != self.shard.version:
-            raise DamagedCheckpointError(str(self.shard.path), "was changed while it was read; start again")
-
-    def _unreadable(self, error: OSError) -> InputError:
-        return InputError(str(self.shard.path), f"cannot be read: {error.strerror}")
+    try:
+        with shard.path.open("rb", buffering=0) as file:
+            if _version(os.fstat(file.fileno())) != shard.version:
+                raise DamagedCheckpointError(str(shard.path), "was changed while it was read; start again")
+            if end - first <= _COPIED_NBYTES:
+                copied = np.empty(end - first, np.uint8)
+                file.seek(first)
+                if file.readinto(copied.data) == copied.size:
+                    return copied
+            # Private and writable: torch wants arrays that can be written to, and the file must not be.
+            aligned = first - first % mmap.ALLOCATIONGRANULARITY
+            mapped = mmap.mmap(file.fileno(), end - aligned, access=mmap.ACCESS_COPY, offset=aligned)
+    except OSError as error:
+        raise InputError(str(shard.path), f"cannot be read: {error.strerror}") from None
+    return np.frombuffer(mapped, np.uint8, offset=first - aligned)
