@@ -68,8 +68,8 @@ def read_shard(path: Path) -> Shard:
 class SafetensorsCheckpoint(Checkpoint):
     """Tensors in one safetensors file or several shards.
 
-    A read maps its own range only, or copies it where it is small, and keeps no file open. Mapping whole files, as torch
-    and safetensors do, fails where a file is larger than memory, and keeping them open takes a descriptor each: a
+    A read maps its own range only, or copies it where that is small, and keeps no file open. Mapping whole files, as
+    torch and safetensors do, fails where a file is larger than memory, and keeping them open takes a descriptor each: a
     hundred experts of ten shards are a thousand files.
     """
 
