@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 #: Elements of one form: torch takes some 2 ns longer for each of them; to load LLVM and compile a function takes 60 ms.
 _WORTH_NUMEL: Final = 1 << 25
-_NARROW: Final = frozenset({"F16", "BF16", "F32"})  # what functions compute with
+NARROW: Final = frozenset({"F16", "BF16", "F32"})
+"""The dtypes that compiled functions take and give."""
 
 
 class Kernels:
@@ -53,7 +54,7 @@ def _threshold() -> float:
 
 
 def _compiled(form: Form) -> Kernel | None:
-    if not {form.base, form.result, form.wanted} <= _NARROW:
+    if not {form.base, form.result, form.wanted} <= NARROW:
         return None
     try:
         from tallstore.loading.decode_llvm import decode, kernel_of  # noqa: PLC0415 - llvmlite is an extra

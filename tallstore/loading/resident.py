@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeVar, cast
@@ -50,7 +50,7 @@ class _Resident:
     Attributes:
         complete: tensors of a task of which everything is here.
         nbytes: of the decoded chunks.
-        opened: what was made of the payloads of a task's tensors, by their names.
+        opened: what was made of the payloads of a task's tensors, by their names and uses.
     """
 
     payloads: dict[str, _ResidentPayload] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class _Resident:
     steps: dict[tuple[str, Role], _Scales | None] = field(default_factory=dict)
     complete: set[str] = field(default_factory=set)
     nbytes: int = 0
-    opened: dict[str, object] = field(default_factory=dict)
+    opened: dict[tuple[str, Hashable], object] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -136,14 +136,14 @@ class ResidentFiles(BundleFiles):
         resident = self._resident(task)
         return resident is not None and name in resident.complete
 
-    def opened(self, task: Task, name: str, make: Callable[[], Opened]) -> Opened:
-        """What *make* gives for a tensor of *task*; kept with what is held of the task."""
+    def opened(self, task: Task, name: str, use: Hashable, make: Callable[[], Opened]) -> Opened:
+        """What *make* gives for a tensor of *task* and this *use* of it; kept with what is held of the task."""
         resident = self._resident(task)
         if resident is None or name not in resident.complete:
             return make()
-        found = resident.opened.get(name)
+        found = resident.opened.get((name, use))
         if found is None:
-            found = resident.opened[name] = make()
+            found = resident.opened[name, use] = make()
         return cast("Opened", found)
 
     def payload(self, owner: Owner, stored: Stored) -> PayloadReader:

@@ -84,19 +84,31 @@ def test_where_nothing_is_added_the_base_keeps_every_bit(decode, tmp_path, dtype
     assert [name for name, tensor in found.items() if not same_bits(tensor, built.base[name])] == []
 
 
-@pytest.mark.parametrize("dtype", NARROW.values(), ids=str)
-def test_experts_are_the_reference(kernels, tmp_path, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "wanted", "compiled"),
+    [
+        (torch.float16, torch.float8_e5m2, {"F16"}),
+        (torch.bfloat16, torch.float64, {"BF16"}),
+        (torch.float32, torch.bfloat16, {"F32", "BF16"}),
+    ],
+    ids=str,
+)
+def test_experts_are_the_reference(kernels, tmp_path, dtype, wanted, compiled):
     built = write_bundle(tmp_path / "bundle", dtype, dtype, 3)
     with tallstore.open_bundle(built.seal()) as bundle:
         assert is_expected(bundle.state_dict("t"), built)
-    assert len(kernels._found) > 20
+        expected = {name: tensor.to(wanted) for name, tensor in built.tasks[0].expected.items()}
+        assert differing(bundle.state_dict("t", dtype=wanted), expected) == []
     assert None not in kernels._found.values()
+    assert {form.wanted for form in kernels._found} == compiled
 
 
 def test_experts_of_float64_are_the_reference(kernels, tmp_path):
     built = write_bundle(tmp_path / "bundle", torch.float64, torch.float64)
     with tallstore.open_bundle(built.seal()) as bundle:
         assert is_expected(bundle.state_dict("t"), built)
+        expected = {name: tensor.to(torch.float32) for name, tensor in built.tasks[0].expected.items()}
+        assert differing(bundle.state_dict("t", dtype=torch.float32), expected) == []
     assert set(kernels._found.values()) == {None}
 
 
