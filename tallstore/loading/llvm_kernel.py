@@ -15,6 +15,7 @@ from tallstore.format.dtypes import Dtype, itemsize
 from tallstore.format.manifest import SharedDtype
 from tallstore.loading.llvm_lanes import (
     F32,
+    I1,
     I8,
     I16,
     I32,
@@ -121,16 +122,24 @@ class _Kernel:
         with repeated_while(builder, lambda: builder.icmp_signed("<", place.value, end)):
             inside = builder.icmp_signed("!=", builder.and_(place.value, I64(_LANES - 1)), I64(0))
             whole = builder.select(inside, place.value, builder.and_(end, I64(-_LANES)))
-            conditions = [lambda: builder.icmp_signed("<", place.value, whole)]
-            if self._form.kind == "sparse":  # where a bit is set, elements are written one by one
-                conditions.append(lambda: builder.icmp_signed("==", self._word("codes", 1, place.value).value, I8(0)))
-            with repeated_while(builder, *conditions):
+            with repeated_while(builder, lambda: builder.icmp_signed("<", place.value, whole)):
                 self._write_elements(self._at(place.value, _LANES), spread)
+                if self._form.kind == "sparse":
+                    self._write_set(place.value, scales)
                 place.value = builder.add(place.value, I64(_LANES))
             border = least(builder, builder.add(builder.or_(place.value, I64(_LANES - 1)), I64(1)), end)
             with repeated_while(builder, lambda: builder.icmp_signed("<", place.value, border)):
                 self._write_elements(self._at(place.value, 0), scales)
                 place.value = builder.add(place.value, I64(1))
+
+    def _write_set(self, start: Value, scales: dict[Scaled, Lanes]) -> None:
+        """Those of eight elements whose bits are set, once more: all were written as if none were."""
+        builder = self._builder
+        bits = Variable(builder, self._word("codes", 1, start).widened(I64).value)
+        with repeated_while(builder, lambda: builder.icmp_signed("!=", bits.value, I64(0))):
+            lane = builder.cttz(bits.value, I1(1))
+            self._write_elements(self._at(builder.add(start, lane), 0), scales)
+            bits.value = builder.and_(bits.value, builder.sub(bits.value, I64(1)))
 
     def _at(self, place: Value, count: int) -> _Place:
         return _Place(place, self._builder.sub(place, self._arguments["offset"]), count)

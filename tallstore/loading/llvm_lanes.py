@@ -178,15 +178,13 @@ def _at(builder: ir.IRBuilder, pointer: Value, place: Value, element: Value) -> 
 
 
 @contextmanager
-def repeated_while(builder: ir.IRBuilder, *conditions: Callable[[], Value]) -> Iterator[None]:
-    """The block that runs as long as all *conditions* give a set bit; none is tried behind one that does not."""
-    head, behind = builder.append_basic_block(), builder.append_basic_block()
+def repeated_while(builder: ir.IRBuilder, condition: Callable[[], Value]) -> Iterator[None]:
+    """The block that runs as long as *condition* gives a set bit."""
+    head, body, behind = (builder.append_basic_block() for _ in range(3))
     builder.branch(head)
     builder.position_at_end(head)
-    for condition in conditions:
-        further = builder.append_basic_block()
-        builder.cbranch(condition(), further, behind)
-        builder.position_at_end(further)
+    builder.cbranch(condition(), body, behind)
+    builder.position_at_end(body)
     yield
     builder.branch(head)
     builder.position_at_end(behind)
