@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, Final, TypeAlias
 
+import llvmlite
 import llvmlite.binding as llvm
 import torch
 
@@ -19,6 +20,10 @@ from tallstore.format.encodings import SHARED
 from tallstore.loading.llvm_kernel import ARGUMENTS, NAME, module_of
 from tallstore.loading.packed import BLOCK_NUMEL, COLUMNS, SCALED, Form, Packed
 from tallstore.loading.subnormals import subnormals_count
+
+_OLDEST: Final = (0, 46)
+if tuple(map(int, llvmlite.__version__.split(".")[:2])) < _OLDEST:
+    raise ImportError(f"llvmlite is {llvmlite.__version__}; compiled functions need 0.46 or newer")
 
 _HOLDING_NUMEL: Final = 1 << 13  # to wait for the interpreter's lock takes longer than to decode so few
 _KINDS: Final = [ctypes.c_int64] * len(ARGUMENTS)
