@@ -98,29 +98,40 @@ def medians(ways: Mapping[str, Callable[[], object]], repeats: int, device: torc
 
 
 def pieces(form: Form, numel: int, device: torch.device) -> Iterator[Piece]:
-    """Made-up pieces of one form, with scales by row."""
+    """Made-up pieces of one form, with scales by row; all whole chunks have the same elements."""
     random = np.random.default_rng(1)
+    made: dict[int, dict[Region, np.ndarray]] = {}
     for start in range(0, numel, CHUNK_NUMEL):
         count = min(CHUNK_NUMEL, numel - start)
-        codes = random.integers(0, DENSITY if form.kind == "sparse" else 256, CHUNK_NUMEL, dtype=np.uint8)
-        arrays: dict[Region, np.ndarray] = {"base": floats(random, form.base, count)}
-        if form.code_width:
-            arrays["codes"] = codes[: -(-count * form.code_width // 8)]
-        for name, dtype in (("values", form.values), ("values_lo", form.values_lo)):
-            if dtype is not None:
-                arrays[name] = random.integers(0, 64, -(-count * SHARED[dtype].width // 8), dtype=np.uint8)
-        value_count = 0
-        if form.kind == "sparse" and form.values is not None:
-            if count % 8:
-                arrays["codes"][-1] &= (1 << count % 8) - 1
-            value_count = int(np.bitwise_count(arrays["codes"]).sum())
-            arrays["values"] = random.integers(0, 64, value_count * SHARED[form.values].itemsize, dtype=np.uint8)
+        if count not in made:
+            made[count] = made_up_arrays(form, count, random)
         rows = Rows.of(np.ones(-(-numel // ROW), np.float32), ROW, start, count)
         scaled: dict[Scaled, Rows] = {} if form.kind == "same" else {"values": rows}
         if form.values_lo is not None:
             scaled["values_lo"] = rows
         destination = torch.empty(count, dtype=BITS[itemsize(form.wanted)][1], device=device)
-        yield Piece(form, destination, {name: source(array) for name, array in arrays.items()}, scaled, value_count)
+        sources = {name: source(array) for name, array in made[count].items()}
+        value_count = 0
+        if form.kind == "sparse" and form.values is not None:
+            value_count = made[count]["values"].size // SHARED[form.values].itemsize
+        yield Piece(form, destination, sources, scaled, value_count)
+
+
+def made_up_arrays(form: Form, count: int, random: np.random.Generator) -> dict[Region, np.ndarray]:
+    """What *count* elements are made of."""
+    codes = random.integers(0, DENSITY if form.kind == "sparse" else 256, CHUNK_NUMEL, dtype=np.uint8)
+    arrays: dict[Region, np.ndarray] = {"base": floats(random, form.base, count)}
+    if form.code_width:
+        arrays["codes"] = codes[: -(-count * form.code_width // 8)]
+    for name, dtype in (("values", form.values), ("values_lo", form.values_lo)):
+        if dtype is not None:
+            arrays[name] = random.integers(0, 64, -(-count * SHARED[dtype].width // 8), dtype=np.uint8)
+    if form.kind == "sparse" and form.values is not None:
+        if count % 8:
+            arrays["codes"][-1] &= (1 << count % 8) - 1
+        set_count = int(np.bitwise_count(arrays["codes"]).sum())
+        arrays["values"] = random.integers(0, 64, set_count * SHARED[form.values].itemsize, dtype=np.uint8)
+    return arrays
 
 
 def floats(random: np.random.Generator, dtype: Dtype, count: int) -> np.ndarray:
@@ -267,7 +278,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument("--numel", type=int, default=400_000_000, help="parameters of made-up experts")
-    parser.add_argument("--decoded", type=int, default=1 << 26, help="elements that the decoders decode")
+    parser.add_argument("--decoded", type=int, default=1 << 28, help="elements that the decoders decode")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=9)
     arguments = parser.parse_args()

@@ -12,7 +12,8 @@ peft==0.21.2) is left out where it is not installed.
 - `load_state_dict`: of a full expert in memory, and of one in a safetensors file that the system has cached.
 - PEFT: unmerge one LoRA adapter of rank 16 and merge another, in linear layers of the shapes of all matrices. Its
   experts are what such adapters can say; it, too, leaves the model as fast as the base.
-- `set_expert`: masks in memory; read by `prefetch` before; or read at the switch from files that the system has cached.
+- `set_expert`, by compiled functions where llvmlite is installed: masks in memory; read by `prefetch` before; or read
+  at the switch from files that the system has cached.
 """
 
 from __future__ import annotations
@@ -200,9 +201,8 @@ def main() -> None:
     lacking = missing(LORA, "peft")
     if lacking is not None:
         print(lacking, file=sys.stderr)
-    versions = f"torch {torch.__version__}, tallstore {tallstore.__version__}" + (
-        "" if lacking else f", {release('peft')}"
-    )
+    present = [release(package) for package in ("llvmlite", "peft") if missing("", package) is None]
+    versions = ", ".join([f"torch {torch.__version__}, tallstore {tallstore.__version__}", *present])
     print(f"{versions}; {torch.get_num_threads()} threads; medians of {arguments.repeats}\n")
     print("| experts | parameters | dtype | way | ms | against torch.add |")
     print("|---|---|---|---|---|---|")

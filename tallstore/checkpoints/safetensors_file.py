@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+
+_COPIED_NBYTES: Final = 1 << 17  # to map so few, and to be given their pages one by one, takes longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +68,9 @@ def read_shard(path: Path) -> Shard:
 class SafetensorsCheckpoint(Checkpoint):
     """Tensors in one safetensors file or several shards.
 
-    A read maps its own range only, and keeps no file open. Mapping whole files, as torch and safetensors do, fails
-    where a file is larger than memory, and keeping them open takes a descriptor each: a hundred experts of ten shards
-    are a thousand files.
+    A read maps its own range only, or copies it where that is small, and keeps no file open. Mapping whole files, as
+    torch and safetensors do, fails where a file is larger than memory, and keeping them open takes a descriptor each: a
+    hundred experts of ten shards are a thousand files.
     """
 
     def __init__(self, origin: Origin, shards: Mapping[Path, Shard], places: Mapping[str, Path]) -> None:
@@ -91,7 +94,7 @@ class SafetensorsCheckpoint(Checkpoint):
         if start == stop:
             return np.empty(0, np.uint8)
         width = DTYPES[entry.dtype]
-        return _map(shard, entry.start + start * width, entry.start + stop * width)
+        return _read(shard, entry.start + start * width, entry.start + stop * width)
 
     def _release(self) -> None:
         """Nothing is held."""
@@ -105,19 +108,24 @@ def _version(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _map(shard: Shard, first: int, end: int) -> NDArray[np.uint8]:
-    """Bytes [*first*, *end*) of the file, mapped as long as the array lives.
+def _read(shard: Shard, first: int, end: int) -> NDArray[np.uint8]:
+    """Bytes [*first*, *end*) of the file, mapped as long as the array lives; few of them in memory of their own.
 
     Raises:
         DamagedCheckpointError: the file is not the one whose header was read.
         InputError: it cannot be read.
     """
-    aligned = first - first % mmap.ALLOCATIONGRANULARITY
     try:
-        with shard.path.open("rb") as file:
+        with shard.path.open("rb", buffering=0) as file:
             if _version(os.fstat(file.fileno())) != shard.version:
                 raise DamagedCheckpointError(str(shard.path), "was changed while it was read; start again")
+            if end - first <= _COPIED_NBYTES:
+                copied = np.empty(end - first, np.uint8)
+                file.seek(first)
+                if file.readinto(copied.data) == copied.size:
+                    return copied
             # Private and writable: torch wants arrays that can be written to, and the file must not be.
+            aligned = first - first % mmap.ALLOCATIONGRANULARITY
             mapped = mmap.mmap(file.fileno(), end - aligned, access=mmap.ACCESS_COPY, offset=aligned)
     except OSError as error:
         raise InputError(str(shard.path), f"cannot be read: {error.strerror}") from None

@@ -21,7 +21,11 @@ _OPTIONS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], str]], ...] = (
     (re.compile(r"\boverwrite=True"), lambda _: "--overwrite"),
     (re.compile(r"^tasks(?=: )"), lambda _: "--task"),
     (re.compile(r"^(?:(?:k|scale)(?= is )|evaluate(?=: ))"), lambda found: f"--{found[0]}"),
+    (re.compile(r"\bprivate=True\b"), lambda _: "--private"),
     (re.compile(r"\bprivate="), lambda _: "--private"),
+    (re.compile(r"\btoken=…"), lambda _: "--token"),
+    (re.compile(r"^(?:token(?=: )|revision(?= is ))"), lambda found: f"--{found[0]}"),
+    (re.compile(r"^repo_id(?= is )"), lambda _: "ORG/NAME"),
     (
         re.compile(r"\b(?:base_ref|merged_dtype|mask_lambda|key_mapping)\b"),
         lambda found: "--" + found[0].replace("_", "-"),

@@ -66,8 +66,10 @@ def has_code_three(packed: Bytes) -> bool:
     whole = packed.size // 8 * 8
     words = packed[:whole].view(np.uint64)  # processors shift words several at a time, and bytes one by one
     both = int(np.bitwise_or.reduce(words & (words >> np.uint64(1)))) & 0x5555_5555_5555_5555
+    if both or whole == packed.size:
+        return both != 0
     rest = packed[whole:]
-    return both != 0 or bool(np.any(rest & (rest >> np.uint8(1)) & np.uint8(0x55)))
+    return bool(np.any(rest & (rest >> np.uint8(1)) & np.uint8(0x55)))
 
 
 def has_code_above_seven(packed: Bytes) -> bool:

@@ -275,7 +275,7 @@ class BundleFiles:
             return gains, coded.numel // gains.size
         steps, row_length = stepped
         scales = row_scales(gains, steps)
-        if not np.all(in_range(scales)):
+        if not in_range(scales).all():
             where = f"{layout.task_table(task.entry.slug)}, tensor {coded.name!r}"
             raise FormatError("NUM-3", where, "a row's gain times its step is above 2^60")
         return scales, row_length

@@ -101,13 +101,13 @@ def _bool(chunk: Bytes, _numel: int, where: str) -> None:
 
 
 def _r13(chunk: Bytes, _numel: int, where: str) -> None:
-    if not np.all(is_r13(chunk.view("<f4"))):
+    if not is_r13(chunk.view("<f4")).all():
         raise FormatError("NUM-1", where, "a number has more than 13 significant bits, is -0.0 or is out of range")
 
 
 def _steps(chunk: Bytes, numel: int, where: str) -> None:
     _r13(chunk, numel, where)
-    if np.any(chunk.view("<f4") < 0):
+    if (chunk.view("<f4") < 0).any():
         raise FormatError("NUM-4", where, "a step is negative")
 
 

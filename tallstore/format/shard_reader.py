@@ -160,6 +160,8 @@ class PayloadReader:
 
     def all(self) -> Bytes:
         """Decoded bytes of every chunk together; for small payloads."""
+        if 0 < self.numel <= CHUNK_NUMEL:
+            return self.chunk(0)
         chunks = [self.chunk(index) for index in range(chunk_count(self.numel))]
         return np.concatenate(chunks) if chunks else np.empty(0, np.uint8)
 
@@ -269,12 +271,15 @@ class ShardReader:
             start = at + encoding.nbytes(first)
             return self.pool_bytes(start, start + encoding.nbytes(last - first))
 
+        if set_count is None:
+            return PayloadReader(numel, encoding, where, fetch)
+
         @cache
         def counted() -> Sequence[int]:
             counts = [bits.set_count(fetch(index)) for index in range(chunk_count(numel) - 1)]
-            return [0, *accumulate(counts), set_count or 0]
+            return [0, *accumulate(counts), set_count]
 
-        return PayloadReader(numel, encoding, where, fetch, None if set_count is None else counted)
+        return PayloadReader(numel, encoding, where, fetch, counted)
 
     def padding(self, key: str, last_record: int) -> Bytes:
         """The bytes behind the last chunk of the payload *key*, up to its boundary; *last_record* is that chunk's."""

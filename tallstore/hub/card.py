@@ -70,11 +70,9 @@ def render(
     text = _choose(here, there, repo_id)
     licence = {} if there is None else {key: there.parsed[key] for key in _LICENCE if key in there.parsed}
     metadata = front_matter.set_keys(text.metadata, _metadata(summary, text.parsed, licence, licence_of))
-    begin, end = text.before or f"# {repo_id.partition('/')[2]}\n\n", text.after
-    if text.is_marked or not text.before.strip():
-        begin += f"{BEGIN}\n{_generated(summary, repo_id)}\n{END}"
-        end = end or "\n"
-    body = f"{begin}{end}"
+    body = f"# {repo_id.partition('/')[2]}\n\n" if text.is_empty else text.before
+    if text.is_marked or text.is_empty:
+        body += f"{BEGIN}\n{_generated(summary, repo_id)}\n{END}{text.after}"
     written = front_matter.join(metadata, body)
     stamp = f"<!-- tallstore:text {_Written.read(written, where).digest} -->\n"
     return written.rstrip("\n") + "\n\n" + stamp

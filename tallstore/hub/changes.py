@@ -58,13 +58,14 @@ def compare(
     """
     upload, keep = list[FileEntry](), list[FileEntry]()
     for entry in wanted:
-        (keep if _is_same(entry, there.get(entry.path), git_oid_of) else upload).append(entry)
+        (keep if is_same(entry, there.get(entry.path), git_oid_of) else upload).append(entry)
     kept = {entry.path for entry in (*upload, *keep)}
     delete = [file for path, file in there.items() if path not in kept and layout.is_bundle_path(path)]
     return Changes(tuple(upload), tuple(keep), tuple(delete))
 
 
-def _is_same(entry: FileEntry, there: RemoteFile | None, git_oid_of: Callable[[FileEntry], str | None]) -> bool:
+def is_same(entry: FileEntry, there: RemoteFile | None, git_oid_of: Callable[[FileEntry], str | None]) -> bool:
+    """Whether a repository's file has the content of a bundle's; arguments as for `compare`."""
     if there is None or there.size != entry.size:
         return False
     if there.sha256 is not None:

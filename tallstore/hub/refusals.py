@@ -17,7 +17,7 @@ Reason: TypeAlias = Literal[
 ]
 
 _PASSING_STATUSES: Final = frozenset({408, 425, 429})
-# Of the HTTP client below the Hub's: no answer came, or not to its end. Last, what hf_xet raises then.
+# Of the HTTP client below the Hub's: no answer came, or not to its end.
 _PASSING_ERRORS: Final = frozenset({"TimeoutException", "NetworkError", "RemoteProtocolError"})
 _UNREACHABLE: Final = _PASSING_ERRORS | {"LocalEntryNotFoundError", "ProxyError", "OfflineModeIsEnabled"}
 
@@ -66,7 +66,10 @@ def _reason(error: Exception) -> Reason:
 def may_pass(error: Exception) -> bool:
     """Whether the same request may be answered a moment later."""
     status = _status(error)
-    return _broke_off(error, _PASSING_ERRORS) if status is None else status in _PASSING_STATUSES or status >= 500
+    if status is not None:
+        return status in _PASSING_STATUSES or status >= 500
+    # A download was tried several times by the client itself before that is said.
+    return _broke_off(error, _PASSING_ERRORS) and not _broke_off(error, frozenset({"LocalEntryNotFoundError"}))
 
 
 def _broke_off(error: BaseException | None, kinds: frozenset[str]) -> bool:

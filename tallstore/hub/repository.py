@@ -7,7 +7,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -115,7 +115,7 @@ class Repository:
 
     def files(self, commit: str) -> Mapping[str, RemoteFile]:
         """The files of a commit by path."""
-        from huggingface_hub import RepoFile  # noqa: PLC0415
+        from huggingface_hub.hf_api import RepoFile  # noqa: PLC0415 - early 1.x exports it nowhere else
 
         listed = self._ask(lambda: list(self._api.list_repo_tree(self.id, recursive=True, revision=commit)))
         return {
@@ -124,11 +124,17 @@ class Repository:
             if isinstance(file, RepoFile)
         }
 
-    def read(self, path: str, commit: str) -> bytes:
-        """A file of a commit."""
-        with tempfile.TemporaryDirectory() as folder, _bars_on_terminals():
-            place = self._ask(lambda: self._api.hf_hub_download(self.id, path, revision=commit, local_dir=folder))
-            return Path(place).read_bytes()
+    def read(self, paths: Collection[str], commit: str) -> Mapping[str, bytes]:
+        """Files of a commit by path; those that are not there are left out."""
+        if not paths:
+            return {}
+        with tempfile.TemporaryDirectory() as folder, _bars(shown=False):
+            self._ask(
+                lambda: self._api.snapshot_download(
+                    self.id, revision=commit, allow_patterns=list(paths), local_dir=folder
+                )
+            )
+            return {path: (Path(folder) / path).read_bytes() for path in paths if (Path(folder) / path).is_file()}
 
     def licence_of(self, repo_id: str, revision: str | None) -> Mapping[str, str]:
         """What another model's card says of its licence; nothing where that cannot be read."""
@@ -153,7 +159,7 @@ class Repository:
 
     def upload(self, additions: Sequence[CommitOperationAdd], *, create_pr: bool) -> None:
         """Send the contents that go outside git, but for those that the Hub has."""
-        with _bars_on_terminals():
+        with _bars(shown=sys.stderr.isatty()):
             self._do(
                 lambda: self._api.preupload_lfs_files(
                     self.id,
@@ -292,15 +298,15 @@ class Repository:
 
 
 @contextlib.contextmanager
-def _bars_on_terminals() -> Iterator[None]:
-    """Let the client draw its bars where stderr is a terminal, and nowhere else."""
+def _bars(*, shown: bool) -> Iterator[None]:
+    """Let the client draw its bars, unless it is told not to, or draw none."""
     from huggingface_hub.utils import (  # type: ignore[attr-defined] # noqa: PLC0415
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,
     )
 
-    if sys.stderr.isatty() or are_progress_bars_disabled():
+    if shown or are_progress_bars_disabled():
         yield
         return
     disable_progress_bars()

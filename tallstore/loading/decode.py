@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 from collections.abc import Iterator
 from functools import cache
 from typing import Final
@@ -20,10 +19,10 @@ from torch import Tensor
 from tallstore.format.dtypes import CHUNK_NUMEL
 from tallstore.loading.scratch import scratch
 from tallstore.loading.sides import SharedChunk, Sides, Tile, as_float32, delta
+from tallstore.loading.subnormals import subnormals_count
 
 _TILE_NUMEL: Final = 1 << 19  # near enough to the caches, and few calls: between any two, threads wait for each other
 _SERIAL_NUMEL: Final = 1 << 15  # torch works on that many elements without its other threads
-_SMALLEST_NORMAL: Final = sys.float_info.min
 
 
 def rebuild(destination: Tensor, base: Tensor, sides: Sides, centre: SharedChunk | None, start: int) -> None:
@@ -130,16 +129,9 @@ def _ieee_arithmetic(numel: int) -> Iterator[int]:
     The setting is the thread's own, but torch's other threads inherit it when they are started, and nothing reaches it
     there again: tiles are then small enough for this thread to do them alone.
     """
-    flushes = _SMALLEST_NORMAL * 0.5 == 0.0
-    if flushes:
-        torch.set_flush_denormal(False)
-    try:
+    with subnormals_count(), np.errstate(over="ignore"):  # to infinity, as in torch
         serial = numel <= _SERIAL_NUMEL or torch.get_num_threads() == 1
-        with np.errstate(over="ignore"):  # to infinity, as in torch
-            yield _TILE_NUMEL if serial or not _other_threads_flush() else _SERIAL_NUMEL
-    finally:
-        if flushes:
-            torch.set_flush_denormal(True)
+        yield _TILE_NUMEL if serial or not _other_threads_flush() else _SERIAL_NUMEL
 
 
 def _other_threads_flush() -> bool:

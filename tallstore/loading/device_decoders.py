@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cache, partial
+from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Final
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from tallstore.checkpoints.torch_dtypes import TORCH_DTYPES
 from tallstore.format.bits import Bytes
-from tallstore.format.dtypes import Dtype, itemsize
+from tallstore.format.dtypes import Dtype
 from tallstore.loading import decode_torch
-from tallstore.loading.packed import BITS, Batch, Decode, Form, Piece, Region, Rows
+from tallstore.loading.agreement import decoded
+from tallstore.loading.packed import Decode, Form, Region, Rows
 
 #: base, value and scale, and the bits of the sum in float32: what goes wrong under a fused multiply-add, a sum in
 #: float64, flushing of subnormal numbers, or an addition of 0.
@@ -119,7 +119,7 @@ def _sums(
     codes = np.packbits(np.ones(len(numbers), np.uint8), bitorder="little")
     form = Form("mask", "F32", result, result, values="F32")
     sources: dict[Region, Bytes] = {"base": base, "codes": codes, "values": values}
-    made = _decoded(decode, device, form, sources, Rows(scales.view(np.float32), 1, 1))
+    made = decoded(decode, device, form, sources, {"values": Rows(scales.view(np.float32), 1, 1)})
     width = TORCH_DTYPES[result].itemsize
     return [bits & ((1 << 8 * width) - 1) for bits in made.tolist()]
 
@@ -129,24 +129,6 @@ def _elements(decode: Decode, device: torch.device, form: Form, codes: bytes, va
     sources: dict[Region, Bytes] = {"base": np.zeros(16, np.uint8), "codes": np.frombuffer(codes, np.uint8)}
     if values:
         sources["values"] = np.frombuffer(values, np.uint8)
-    made = _decoded(decode, device, form, sources, Rows(np.ones(1, np.float32), 4, 4))
+    count = len(values) // 2 if form.kind == "sparse" else 0
+    made = decoded(decode, device, form, sources, {"values": Rows(np.ones(1, np.float32), 4, 4)}, value_count=count)
     return made.view(torch.float32).tolist()
-
-
-def _decoded(decode: Decode, device: torch.device, form: Form, sources: Mapping[Region, Bytes], rows: Rows) -> Tensor:
-    """What a decoder makes of one piece, in integers, on the CPU."""
-    count, (_, bits) = sources["base"].size // itemsize(form.base), BITS[itemsize(form.result)]
-    destination = torch.empty(count, dtype=bits, device=device)
-    value_count = sources["values"].size // 2 if form.kind == "sparse" else 0
-    readers = {name: partial(_itself, elements) for name, elements in sources.items()}
-    batch = Batch([Piece(form, destination, readers, {"values": rows}, value_count)])
-    host = torch.zeros(batch.nbytes, dtype=torch.uint8, device="cpu")
-    for job in batch.fill(host.numpy()):
-        job()
-    for packed in batch.packed(host.to(device)):
-        decode(packed)
-    return destination.cpu()
-
-
-def _itself(elements: Bytes) -> Bytes:
-    return elements

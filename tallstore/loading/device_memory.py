@@ -31,11 +31,13 @@ class _Held:
     """A task on the device.
 
     Attributes:
-        places: what it was packed for.
+        targets: what it was packed for.
+        places: where they lie.
         packed: what decoders take.
         keys: of what it has in common with other tasks.
     """
 
+    targets: Mapping[str, Tensor]
     places: _Places
     packed: Sequence[Packed]
     keys: frozenset[Hashable]
@@ -84,7 +86,9 @@ class DeviceMemory:
     def holds(self, task: str, targets: Mapping[str, Tensor]) -> bool:
         """Whether the task is here, packed for these targets, and others that hold the same."""
         held = self._tasks.get(task)
-        return held is not None and _places(targets).items() <= held.places.items()
+        if held is None:
+            return False
+        return held.targets is targets or _places(targets).items() <= held.places.items()
 
     def hold(self, opener: Opener, targets: Mapping[str, Tensor], keep: Container[str | None]) -> None:
         """Have tensors of a task here; reads and checks what is not.
@@ -110,7 +114,7 @@ class DeviceMemory:
             with self._enough(), current(self.device):
                 packed = self._sender.keep(pieces, self._shared)
             keys = frozenset(key for piece in pieces for key in piece.keys.values())
-            self._tasks[name] = _Held(_places(targets), packed, keys)
+            self._tasks[name] = _Held(targets, _places(targets), packed, keys)
         self._tasks.move_to_end(name)
         self.trim(keep)
 

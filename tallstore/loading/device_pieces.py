@@ -13,22 +13,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tallstore.format.bits import Bytes
 from tallstore.format.bundle_files import BundleFiles
-from tallstore.format.dtypes import CHUNK_NUMEL, Dtype, chunk_count, chunk_spans, itemsize
+from tallstore.format.dtypes import Dtype, chunk_spans, itemsize
 from tallstore.format.manifest import (
     BasedTensor,
     BaseTensor,
     ExtendedTensor,
-    Mask,
     PrivateTensor,
     Role,
     SharedDtype,
-    Sign,
-    Signed,
     Sparse,
-    TwoLevel,
-    Uniform,
     Whole,
 )
 from tallstore.format.owners import Task
@@ -39,12 +33,13 @@ from tallstore.format.payloads import (
     further_of,
     leading_shape,
     sides_of,
-    sparse_values_of,
     values_of,
     vector_values_of,
 )
 from tallstore.format.shard_reader import PayloadReader
-from tallstore.loading.packed import BITS, Form, Kind, Piece, Region, Rows, Scaled, Source
+from tallstore.loading.forms import form_of, shared_roles
+from tallstore.loading.own_values import OwnValues
+from tallstore.loading.packed import BITS, Form, Piece, Region, Rows, Scaled, Source
 from tallstore.loading.pinned_base import PinnedBase
 
 #: What is summed in float32 and cast between each other; sums in float64, and casts from it, are the CPU's.
@@ -138,21 +133,8 @@ class Opener:
         codes = self.files.payload(self.task, sides_of(coded))
         vectors = self._vectors(coded)
         scales = self._scales(coded)
-        dtypes: dict[Scaled, SharedDtype] = {name: vector.dtype for name, vector in vectors.items()}
-        own_values = None
-        if isinstance(code, Sparse):
-            dtypes["values"] = code.values_dtype
-            own_values = _OwnValues.open(self.files, self.task, coded, codes)
-        form = Form(
-            _kind(coded),
-            self.task.base[coded.base_name].dtype,
-            own,
-            wanted,
-            code.levels if isinstance(code, Uniform) else 0,
-            dtypes.get("values"),
-            dtypes.get("values_lo"),
-            dtypes.get("centre"),
-        )
+        own_values = OwnValues.open(self.files, self.task, coded, codes) if isinstance(code, Sparse) else None
+        form = form_of(self.task, coded, own, wanted)
         for index, (start, stop) in enumerate(chunk_spans(coded.numel)):
             sources: dict[Region, Source] = {
                 "base": _base_bytes(self.base, coded.base_name, start, stop),
@@ -171,7 +153,7 @@ class Opener:
 
     def _vectors(self, coded: Coded) -> dict[Scaled, _Vector]:
         """The shared vectors of what is coded, opened."""
-        names = _shared_roles(coded)
+        names = shared_roles(coded)
         if (coded.base_name, "centre") in self.task.group.vectors:
             names["centre"] = "centre"
         vectors: dict[Scaled, _Vector] = {}
@@ -184,7 +166,7 @@ class Opener:
     def _scales(self, coded: Coded) -> dict[Scaled, tuple[NDArray[np.float32], int]]:
         """The scales of what is coded, of all rows, and the elements of a row."""
         scales: dict[Scaled, tuple[NDArray[np.float32], int]] = {
-            name: self.files.scales(self.task, coded, role) for name, role in _shared_roles(coded).items()
+            name: self.files.scales(self.task, coded, role) for name, role in shared_roles(coded).items()
         }
         if not coded.roles:
             scales["values"] = self.files.scales(self.task, coded)
@@ -199,57 +181,6 @@ class _Vector:
     role: Role
     payload: PayloadReader
     dtype: SharedDtype
-
-
-@dataclass(frozen=True, slots=True)
-class _OwnValues:
-    """The values of a sparse tensor, and how many each chunk of its bits has."""
-
-    bits: PayloadReader
-    payload: PayloadReader | None
-    count: int
-
-    @classmethod
-    def open(cls, files: BundleFiles, task: Task, coded: Coded, bits: PayloadReader) -> _OwnValues:
-        stored = sparse_values_of(coded)
-        if stored is None:
-            return cls(bits, None, 0)
-        return cls(bits, files.payload(task, stored), stored.numel)
-
-    def span(self, index: int) -> tuple[int, int]:
-        """The values of a chunk of bits: the first one, and the one behind the last."""
-        is_last = index + 1 == chunk_count(self.bits.numel)
-        return self.bits.rank(index), self.count if is_last else self.bits.rank(index + 1)
-
-    def read(self, first: int, last: int) -> Bytes:
-        """The bytes of values [first, last)."""
-        if self.payload is None or first == last:
-            return np.empty(0, np.uint8)
-        width = self.payload.encoding.itemsize
-        pieces = []
-        for index in range(first // CHUNK_NUMEL, (last - 1) // CHUNK_NUMEL + 1):
-            begin = index * CHUNK_NUMEL
-            chunk = self.payload.chunk(index)
-            pieces.append(chunk[max(0, first - begin) * width : (last - begin) * width])
-        return np.concatenate(pieces)
-
-
-def _shared_roles(coded: Coded) -> dict[Scaled, Role]:
-    """The roles of the vectors that a gain scales."""
-    return dict(zip(("values", "values_lo"), coded.roles, strict=False))
-
-
-def _kind(coded: Coded) -> Kind:
-    code = coded.code
-    if isinstance(code, Mask):
-        return "mask"
-    if isinstance(code, Signed):
-        return "signed"
-    if isinstance(code, TwoLevel):
-        return "two-level"
-    if isinstance(code, Sign):
-        return "sign"
-    return "sparse" if isinstance(code, Sparse) else "uniform"
 
 
 def base_pieces(

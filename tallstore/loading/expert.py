@@ -6,23 +6,31 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 from torch import Tensor
 
-from tallstore.checkpoints.torch_dtypes import TORCH_DTYPES
+from tallstore.checkpoints.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
 from tallstore.format.bundle_files import BundleFiles
-from tallstore.format.dtypes import CHUNK_NUMEL, TensorSpec
+from tallstore.format.dtypes import CHUNK_NUMEL, Dtype, TensorSpec
 from tallstore.format.manifest import BasedTensor, ExtendedTensor, PrivateTensor
 from tallstore.format.owners import Task
-from tallstore.format.payloads import Stored, coded_part, further_of, leading_shape, values_of
+from tallstore.format.payloads import Coded, Stored, coded_part, further_of, leading_shape, values_of
 from tallstore.format.shard_reader import PayloadReader
 from tallstore.loading import parallel
 from tallstore.loading.coded import open_coded
+from tallstore.loading.compiled import CompiledElements, open_compiled
 from tallstore.loading.decode import copy_cast
+from tallstore.loading.forms import form_of
 from tallstore.loading.fresh_memory import Wanted, fresh, refuse_too_large
+from tallstore.loading.kernels import NARROW, kernels
+from tallstore.loading.packed import Form
 from tallstore.loading.pinned_base import PinnedBase
+from tallstore.loading.resident import ResidentFiles
+
+if TYPE_CHECKING:
+    from tallstore.loading.decode_llvm import Kernel
 
 _JOB_NUMEL: Final = CHUNK_NUMEL // 2
 
@@ -32,6 +40,7 @@ class Expert:
 
     def __init__(self, task: Task, files: BundleFiles, base: PinnedBase) -> None:
         self.task, self._files, self._base = task, files, base
+        self._forms: dict[tuple[str, torch.dtype], Form] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -85,16 +94,20 @@ class Expert:
                 whole[name] = tensor
                 yield from self._pieces(name, 0, tensor.numel(), tensor.view(-1))
 
+        self._expect((name, wanted(name)[1]) for name in names)
         parallel.run(_grouped(pieces()))
         return whole
 
     def write(self, destinations: Mapping[str, Tensor]) -> None:
         """Write whole tensors to flat tensors on the CPU, by name; cast where the dtype is another.
 
+        Torch may not see that they were written to: callers count it, where others may have kept them.
+
         Raises:
             TallstoreError: as `read`. Any part of *destinations* may have been written then.
         """
         self._files.bring([self.task], destinations)
+        self._expect((name, destination.dtype) for name, destination in destinations.items())
         parallel.run(
             _grouped(
                 piece
@@ -133,30 +146,62 @@ class Expert:
         for piece in self._pieces(name, start, stop, destination):
             piece.write()
 
+    def _expect(self, wanted: Iterable[tuple[str, torch.dtype]]) -> None:
+        """Have functions compiled for what is much: names of tensors, and dtypes of their destinations."""
+        for name, dtype in wanted:
+            tensor = self.task.tensor(name)
+            coded = coded_part(tensor)
+            if coded is not None:
+                kernels.expect(self._form(coded, tensor.dtype, dtype), coded.numel)
+
+    def _form(self, coded: Coded, own: Dtype, dtype: torch.dtype) -> Form:
+        """What a coded tensor becomes for a destination of *dtype*: that, or what is then cast to it."""
+        form = self._forms.get((coded.name, dtype))
+        if form is None:
+            name = DTYPE_NAMES.get(dtype)
+            form = form_of(self.task, coded, own, name if name in NARROW else own)
+            self._forms[coded.name, dtype] = form
+        return form
+
     def _pieces(self, name: str, start: int, stop: int, destination: Tensor) -> Iterator[_Piece]:
         """What `read` does, chunk by chunk; the payloads are opened as the iteration goes on."""
-        own_dtype = TORCH_DTYPES[self.task.tensor(name).dtype]
-        for section in self._sections(name, start, stop):
+        for section in self._sections(name, start, stop, destination.dtype):
             low, high = max(start, section.start), min(stop, section.stop)
             for first, last in _chunked(low - section.start, high - section.start):
                 place = section.start + first - start
-                yield _Piece(section.source, first, last, own_dtype, destination[place : place + last - first])
+                yield _Piece(section.source, first, last, section.dtype, destination[place : place + last - first])
 
-    def _sections(self, name: str, start: int, stop: int) -> Iterator[_Section]:
+    def _sections(self, name: str, start: int, stop: int, wanted: torch.dtype) -> Iterator[_Section]:
         """The parts of a tensor that overlap [start, stop); a payload is not opened before its part is asked for."""
         tensor = self.task.tensor(name)
-        numel = math.prod(tensor.shape)
+        numel, own = math.prod(tensor.shape), TORCH_DTYPES[tensor.dtype]
         if isinstance(tensor, PrivateTensor) and start < stop:
-            yield _Section(0, numel, self._stored(values_of(tensor)))
+            yield _Section(0, numel, self._stored(values_of(tensor)), own)
         if not isinstance(tensor, BasedTensor):
             return
         border = math.prod(leading_shape(tensor)) if isinstance(tensor, ExtendedTensor) else numel
         if start < min(border, stop):
             coded = coded_part(tensor)
-            kept = _Kept(self._base, tensor.base_name)
-            yield _Section(0, border, kept if coded is None else open_coded(self._files, self.task, self._base, coded))
+            if coded is None:
+                yield _Section(0, border, _Kept(self._base, tensor.base_name), own)
+            else:
+                yield self._coded(coded, tensor.dtype, wanted)
         if isinstance(tensor, ExtendedTensor) and max(border, start) < stop:
-            yield _Section(border, numel, self._stored(further_of(tensor)))
+            yield _Section(border, numel, self._stored(further_of(tensor)), own)
+
+    def _coded(self, coded: Coded, own: Dtype, wanted: torch.dtype) -> _Section:
+        form = self._form(coded, own, wanted)
+        kernel = kernels.kernel(form)
+        if kernel is None:
+            elements = open_coded(self._files, self.task, self._base, coded)
+            return _Section(0, coded.numel, elements, TORCH_DTYPES[own])
+        return _Section(0, coded.numel, self._compiled(coded, kernel), TORCH_DTYPES[form.wanted])
+
+    def _compiled(self, coded: Coded, kernel: Kernel) -> CompiledElements:
+        make = partial(open_compiled, kernel, self._files, self.task, self._base, coded)
+        if isinstance(self._files, ResidentFiles):
+            return self._files.opened(self.task, coded.name, kernel, make)
+        return make()
 
     def _stored(self, stored: Stored | None) -> _Source:
         if stored is None:
@@ -168,16 +213,17 @@ class _Source(Protocol):
     """Where elements come from."""
 
     def read(self, start: int, stop: int, destination: Tensor) -> None:
-        """Write elements [start, stop), which lie in one chunk, to *destination* in the tensor's own dtype."""
+        """Write elements [start, stop), which lie in one chunk, to *destination* in the dtype that it gives."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Section:
-    """Elements [start, stop) of a tensor, whose source counts them, and their chunks, from 0."""
+    """Elements [start, stop) of a tensor, whose source counts them, and their chunks, from 0; and what it gives."""
 
     start: int
     stop: int
     source: _Source
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +255,7 @@ class _Piece:
     """Elements [start, stop) of a source, which lie in one chunk, and where they are wanted.
 
     Attributes:
-        dtype: the tensor's own.
+        dtype: that the source gives.
         destination: [stop - start], of any dtype.
     """
 
@@ -223,9 +269,9 @@ class _Piece:
         if self.destination.dtype == self.dtype:
             self.source.read(self.start, self.stop, self.destination)
             return
-        own = torch.empty(self.stop - self.start, dtype=self.dtype, device="cpu")
-        self.source.read(self.start, self.stop, own)
-        copy_cast(self.destination, own)
+        given = torch.empty(self.stop - self.start, dtype=self.dtype, device="cpu")
+        self.source.read(self.start, self.stop, given)
+        copy_cast(self.destination, given)
 
 
 def _grouped(pieces: Iterable[_Piece]) -> Iterator[parallel.Job]:

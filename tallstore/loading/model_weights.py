@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.nn.parameter import is_lazy
 
 from tallstore.errors import OptionError
@@ -51,7 +52,11 @@ def load_expert(
     """
     writes, result = match(expert, model_tensors(model), strict=strict)
     with torch.no_grad():
-        expert.write({name: target.detach().view(-1) for name, target in writes.items() if is_direct(target)})
+        direct = {name: target for name, target in writes.items() if is_direct(target)}
+        expert.write({name: target.detach().view(-1) for name, target in direct.items()})
+        for target in direct.values():
+            if not target.is_inference():
+                increment_version(target)
         for device, targets in by_device(writes).items():
             on_device(device).write(targets)
         for name, target in writes.items():

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ from tallstore.loading.pinned_base import PinnedBase
 #: A mapping of a file takes one of the system's; Linux gives a process 65,530. Chunks beyond are read anew.
 _MAX_HELD_CHUNKS: Final = 1 << 14
 
+Opened = TypeVar("Opened")
 _Scales = tuple[NDArray[np.float32], int]
 
 
@@ -50,6 +51,7 @@ class _Resident:
     Attributes:
         complete: tensors of a task of which everything is here.
         nbytes: of the decoded chunks.
+        opened: what was made of the payloads of a task's tensors, by their names and uses.
     """
 
     payloads: dict[str, _ResidentPayload] = field(default_factory=dict)
@@ -57,6 +59,7 @@ class _Resident:
     steps: dict[tuple[str, Role], _Scales | None] = field(default_factory=dict)
     complete: set[str] = field(default_factory=set)
     nbytes: int = 0
+    opened: dict[tuple[str, Hashable], object] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -129,6 +132,21 @@ class ResidentFiles(BundleFiles):
                 if tensor.name not in own.complete:
                     self._hold(task, tensor, own, shared)
                     own.complete.add(tensor.name)
+
+    def is_complete(self, task: Task, name: str) -> bool:
+        """Whether everything is here that a tensor of *task* is made of, the base left out."""
+        resident = self._resident(task)
+        return resident is not None and name in resident.complete
+
+    def opened(self, task: Task, name: str, use: Hashable, make: Callable[[], Opened]) -> Opened:
+        """What *make* gives for a tensor of *task* and this *use* of it; kept with what is held of the task."""
+        resident = self._resident(task)
+        if resident is None or name not in resident.complete:
+            return make()
+        found = resident.opened.get((name, use))
+        if found is None:
+            found = resident.opened[name, use] = make()
+        return cast("Opened", found)
 
     def payload(self, owner: Owner, stored: Stored) -> PayloadReader:
         """As `BundleFiles.payload`; from memory where it is held there."""
@@ -221,6 +239,10 @@ class ResidentBase(PinnedBase):
                 self._held[name, index] = chunk
         if self._keep:
             self._complete.add(name)
+
+    def holds(self, name: str, start: int) -> bool:
+        """Whether the chunk that element *start* lies in stays where it was read."""
+        return (name, start // CHUNK_NUMEL) in self._held
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """As `PinnedBase.read`."""

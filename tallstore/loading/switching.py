@@ -201,7 +201,7 @@ class Switcher:
             ]
             self._prepare(slots, wanted, writes)
             try:
-                self._write(writes)
+                self._write(writes, task)
                 self._state = wanted
             except BaseException as error:
                 self._undo(before, wanted, [slot for slot, _ in writes], error)
@@ -226,9 +226,8 @@ class Switcher:
         reason: BaseException = error
         if self._failure is None:
             try:
-                self._write(
-                    [Write(slot, before.contents[slot.name]) for slot in slots if not self._holds(slot, before)]
-                )
+                writes = [Write(slot, before.contents[slot.name]) for slot in slots if not self._holds(slot, before)]
+                self._write(writes, before.task)
             except BaseException as second:  # noqa: BLE001 - whatever it is, the model is broken
                 reason = second
             else:
@@ -313,6 +312,7 @@ class Switcher:
             if isinstance(tensor, BasedTensor) and name not in expert.task.base and name not in self._base_names:
                 self._base_names[name] = tensor.base_name
                 self._states = {}
+                self._devices.forget()
 
     def _resting(self, slots: Mapping[str, Slot]) -> dict[str, Content]:
         """What every slot holds without an expert."""
@@ -349,9 +349,9 @@ class Switcher:
     def _prepare(self, slots: Mapping[str, Slot], wanted: State, writes: Sequence[Write]) -> None:
         for slot, _ in writes:
             check_mode(slot)
-        here, rest = self._devices.split(writes)
+        here, rest = self._devices.split(writes, wanted.task)
         self._hold(wanted.without({write.slot.name for write in here}) if here else wanted)
-        self._devices.hold(here, {self._state.task, wanted.task, self._next})
+        self._devices.hold(here, wanted.task, {self._state.task, wanted.task, self._next})
         self._check_apart(slots, wanted.base_tensors)
         for slot, content in writes:
             if content is not OWN and self._state.contents.get(slot.name, OWN) is OWN and slot.name not in self._own:
@@ -399,13 +399,13 @@ class Switcher:
     # --- writing ---
 
     @torch.no_grad()
-    def _write(self, writes: Sequence[Write]) -> None:
+    def _write(self, writes: Sequence[Write], task: str | None) -> None:
         for slot, _ in writes:
             self._holdings.pop(slot.name, None)
-        here, rest = self._devices.split(writes)
+        here, rest = self._devices.split(writes, task)
         direct = [(slot.tensor.detach(), content) for slot, content in rest if is_direct(slot.tensor)]
         self._fill([(target.view(-1), content) for target, content in direct])
-        self._devices.write(here)
+        self._devices.write(here, task)
         self._send([write for write in rest if _is_sent(write)])
         for write in rest:
             target, content = write.slot.tensor.detach(), write.content

@@ -6,8 +6,10 @@ from importlib.util import find_spec
 
 import pytest
 
+import tallstore
 from tests.hub.client_process import Client, client_process
 from tests.hub.loopback import LoopbackHub
+from tests.model_directories import base_tensors, save_model, save_models
 
 NOWHERE = "http://127.0.0.1:9"  # calls say where their Hub is
 
@@ -39,3 +41,17 @@ def hub():
 def client(hub, plain_process, tmp_path):
     """That user's client."""
     return Client(plain_process, hub.url, hub.token, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory):
+    """The folder of bundles of "two" and "three" tasks of one base, and of two tasks of another ("elsewhere").
+
+    They are packed as signs, which share nothing: bundles with tasks in common have files in common.
+    """
+    root = save_models(tmp_path_factory.mktemp("models"))
+    save_model(root / "other", {name: tensor + 1 for name, tensor in base_tensors().items()})
+    for name, base, tasks in (("two", "base", "12"), ("three", "base", "123"), ("elsewhere", "other", "12")):
+        experts = {f"task{task}": root / f"task{task}" for task in tasks}
+        tallstore.pack(root / base, experts, root / name, method=tallstore.Sign())
+    return root

@@ -5,14 +5,21 @@ from __future__ import annotations
 import logging
 import traceback
 import warnings
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from huggingface_hub import constants
+
 import tallstore
+from tallstore.format import layout
 from tallstore.hub import repository
+from tests.command_line import run
+from tests.hub.loopback import LoopbackHub
+
+REPO = "user/experts"
 
 
 @dataclass
@@ -37,17 +44,67 @@ class Outcome:
     said: str = ""
 
 
-def push(process: ProcessPoolExecutor, path: Path, repo_id: str, **options: object) -> Outcome:
-    """Push in the *process*, and wait for it."""
-    return start(process, path, repo_id, **options).result(timeout=120)
+class Pusher:
+    """`tallstore.push` in a *process*, to a Hub, with a token: `push(path, repo_id).oid`."""
+
+    def __init__(self, process: Executor, url: str, token: str | None) -> None:
+        self._process, self._url, self._token = process, url, token
+
+    def __call__(self, path: Path, repo_id: str, **options: object) -> Outcome:
+        return self.start(path, repo_id, **options).result(timeout=120)
+
+    def start(self, path: Path, repo_id: str, **options: object) -> Future[Outcome]:
+        return self._process.submit(_push, self._url, path, repo_id, {"token": self._token, **options})
 
 
-def start(process: ProcessPoolExecutor, path: Path, repo_id: str, **options: object) -> Future[Outcome]:
-    return process.submit(_push, path, repo_id, options)
+class CommandLine:
+    """`tallstore` in a *process*, with a Hub: what `tests.command_line.run` returns."""
+
+    def __init__(self, process: Executor, url: str, token: str | None) -> None:
+        self._process, self._url, self._token = process, url, token
+
+    def __call__(self, *arguments: object, code: int = 0, **environment: str) -> tuple[str, str]:
+        """Run a command; what it wrote to stdout and to stderr."""
+        environment = {"HF_TOKEN": self._token or "", **environment}
+        return self._process.submit(_run, self._url, arguments, code, environment).result(timeout=120)
 
 
-def _push(path: Path, repo_id: str, options: dict[str, object]) -> Outcome:
+def contents(path: Path) -> dict[str, bytes]:
+    """The files of a bundle here by path."""
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def pushed(hub: LoopbackHub, revision: str = "main") -> dict[str, bytes]:
+    """The bundle's files on the Hub."""
+    return {
+        path: content
+        for path, content in hub.repositories[REPO].read(revision).items()
+        if path == layout.MANIFEST or layout.is_bundle_path(path)
+    }
+
+
+def titles(hub: LoopbackHub, revision: str = "main") -> list[str]:
+    """Of the commits, the newest first."""
+    return [commit.title for commit in hub.repositories[REPO].history(revision)]
+
+
+def _run(url: str, arguments: Sequence[object], code: int, environment: dict[str, str]) -> tuple[str, str]:
+    _connect(url)
+    result = run(*arguments, code=code, **environment)
+    return result.stdout, result.stderr
+
+
+def _connect(url: str) -> None:
+    """Let the client talk to a Hub that its environment does not name: one process serves many."""
+    constants.ENDPOINT, constants.HUGGINGFACE_CO_URL_TEMPLATE = (
+        url,
+        f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+    )
     repository._WAITS = (0.001, 0.001)
+
+
+def _push(url: str, path: Path, repo_id: str, options: dict[str, object]) -> Outcome:
+    _connect(url)
     outcome = Outcome()
     with _listening() as records, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")

@@ -13,6 +13,7 @@ from torch import nn
 
 import tallstore
 from tallstore.format.dtypes import CHUNK_NUMEL
+from tallstore.loading.compiled import CompiledElements
 from tallstore.loading.resident import ResidentBase, _ResidentPayload
 from tests.bundle_builder import Bundle, Group, Task
 from tests.reference import same_bits
@@ -171,6 +172,7 @@ class Interrupted:
 
         monkeypatch.setattr(ResidentBase, "read", failing(ResidentBase.read))
         monkeypatch.setattr(_ResidentPayload, "chunk", failing(_ResidentPayload.chunk))
+        monkeypatch.setattr(CompiledElements, "read", failing(CompiledElements.read))
 
 
 # --- right, in place, and for good ---

@@ -56,7 +56,7 @@ def push(
     """Push a bundle to the Hugging Face Hub: verified, as one commit, and only what the repository lacks."""
     from tallstore.cli import progress_bar, terminal  # noqa: PLC0415 - rich
     from tallstore.cli.views.pushed import as_plain, print_plan, print_pushed  # noqa: PLC0415 - numpy
-    from tallstore.hub.pushing import plan  # noqa: PLC0415
+    from tallstore.hub.pushing import carry_out, plan  # noqa: PLC0415
 
     with progress_bar.show("checking") as progress:
         planned = plan(
@@ -69,7 +69,7 @@ def push(
             overwrite=overwrite,
             progress=progress,
         )
-    commit = None if dry_run else planned.carry_out(message)
+    commit = None if dry_run else carry_out(planned, message)
     if as_json:
         terminal.print_json(as_plain(planned, commit))
     elif commit is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
@@ -9,7 +10,8 @@ from rich.text import Text
 from tallstore.cli import terminal
 from tallstore.cli.figures import several
 from tallstore.cli.tables import Column, print_table
-from tallstore.hub.pushing import PushPlan
+from tallstore.format.manifest import FileEntry
+from tallstore.hub.planning import PushPlan
 from tallstore.sizes import readable
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ def print_pushed(plan: PushPlan, commit: CommitInfo) -> None:
     if plan.changes.is_empty:
         console.print(f"{plan.repository.where}: nothing to push, the repository has all of it", soft_wrap=True)
     else:
-        console.print(f"pushed to {plan.repository.where}: {_counts(plan)}", soft_wrap=True)
+        console.print(f"pushed to {plan.repository.where}: {_counts(plan, done=True)}", soft_wrap=True)
     console.print(commit.pr_url or commit.commit_url, soft_wrap=True)
 
 
@@ -67,10 +69,15 @@ def as_plain(plan: PushPlan, commit: CommitInfo | None) -> dict[str, Any]:
     }
 
 
-def _counts(plan: PushPlan) -> str:
+def _counts(plan: PushPlan, *, done: bool = False) -> str:
+    """How much goes, or went."""
     changes = plan.changes
-    parts = [f"{several(len(changes.upload), 'file')} to upload, {readable(sum(f.size for f in changes.upload))}"]
-    parts.append(f"{several(len(changes.keep), 'file')} there, {readable(sum(f.size for f in changes.keep))}")
+    to, uploaded, deleted = ("", "uploaded", "deleted") if done else ("to ", "upload", "delete")
+    parts = [f"{_amount(changes.upload)} {to}{uploaded}", f"{_amount(changes.keep)} there already"]
     if changes.delete:
-        parts.append(f"{several(len(changes.delete), 'file')} to delete")
-    return "; ".join(parts)
+        parts.append(f"{several(len(changes.delete), 'file')} {to}{deleted}")
+    return ", ".join(parts)
+
+
+def _amount(files: Sequence[FileEntry]) -> str:
+    return f"{several(len(files), 'file')} ({readable(sum(file.size for file in files))})"

@@ -70,7 +70,7 @@ def revision_of_model(hub: LoopbackHub, request: Request, repo_id: str, revision
     repository = hub.readable(request, repo_id)
     commit = repository.resolve(revision)
     readme = commit.files.get("README.md")
-    card = front_matter(hub.storage.read(readme.etag).decode()) if readme else {}
+    card = front_matter(hub.storage.read(readme.etag).decode(errors="replace")) if readme else {}
     with_sizes = request.flag("blobs")
     return Answer.of_json(
         {

@@ -1,0 +1,100 @@
+"""The bundle that is pushed: its manifest, and its files as they were verified."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Final
+
+from tallstore.errors import BundleNotFoundError, CardError, FormatError, IntegrityError
+from tallstore.files import hash_bytes, hash_file
+from tallstore.format import layout
+from tallstore.format.manifest import FileEntry
+from tallstore.format.parsing import MAX_JSON_NBYTES, parse_manifest
+from tallstore.meter import Progress
+from tallstore.verifying import verify
+
+README: Final = "README.md"
+# Files that go into git, which the client reads into memory when it commits.
+_SMALL_NBYTES: Final = 1 << 20
+
+
+class LocalBundle:
+    """The bundle here.
+
+    Attributes:
+        root: its directory.
+        manifest, raw_manifest: tallstore.json.
+        files: what it lists, by path.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        try:
+            self.raw_manifest = layout.read_bounded(root, layout.MANIFEST, MAX_JSON_NBYTES)
+        except (FileNotFoundError, NotADirectoryError):
+            raise BundleNotFoundError(f"{root}: there is no bundle (no {layout.MANIFEST}); check the path") from None
+        self.manifest = parse_manifest(self.raw_manifest, layout.MANIFEST)
+        self.files = {file.path: file for file in self.manifest.files}
+
+    def readme(self) -> str | None:
+        """The model card here, None where there is none."""
+        try:
+            return decode((self.root / README).read_bytes(), str(self.root / README))
+        except FileNotFoundError:
+            return None
+
+    def git_oid(self, entry: FileEntry) -> str | None:
+        """The git blob id of a file here, which is read; None where it is not here."""
+        try:
+            return hash_file(layout.resolve(self.root, entry.path)).git_oid
+        except FileNotFoundError:
+            return None
+
+    def content(self, entry: FileEntry) -> Path | bytes:
+        """What is to be uploaded of a file: where it is; for git, the bytes, which are the right ones.
+
+        Raises:
+            IntegrityError: they are not, any more.
+        """
+        place = layout.resolve(self.root, entry.path)
+        if entry.git_oid is None or entry.size > _SMALL_NBYTES:
+            return place
+        raw = place.read_bytes()
+        if hash_bytes(raw).sha256 != entry.sha256:
+            raise changed(entry)
+        return raw
+
+    def absent_tables(self) -> list[str]:
+        """The tables of tasks that were not fetched."""
+        tables = [layout.task_table(task.slug) for task in self.manifest.tasks]
+        return [path for path in tables if path in self.files and not os.path.lexists(self.root / path)]
+
+    def refuse_broken(self, progress: Progress | None) -> None:
+        """Verify the bundle.
+
+        Raises:
+            FormatError: the first of its problems.
+        """
+        problems = verify(self.root, progress=progress)
+        if problems:
+            first = problems[0]
+            more = f"; {len(problems)} problems in all, which verify lists" if len(problems) > 1 else ""
+            raise FormatError(first.rule, f"{self.root}/{first.where}", f"{first.message}{more}; not pushed")
+
+
+def changed(entry: FileEntry) -> IntegrityError:
+    """The error that a file is not what it was when it was verified."""
+    return IntegrityError("FILE-2", entry.path, "changed while it was pushed, and was not committed; push again")
+
+
+def decode(raw: bytes, where: str) -> str:
+    """The text of a README.
+
+    Raises:
+        CardError: it is not UTF-8.
+    """
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise CardError(where, f"is not UTF-8 (byte {error.start}); save it as UTF-8") from None

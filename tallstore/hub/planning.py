@@ -1,0 +1,203 @@
+"""What a push would do: the bundle here beside the repository as it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from tallstore.errors import FormatError, HubError, NotFetchedError, OutputExistsError
+from tallstore.files import hash_bytes
+from tallstore.format import layout
+from tallstore.format.manifest import FileEntry, Manifest, TaskTable
+from tallstore.format.parsing import is_newer_minor, parse, parse_manifest
+from tallstore.hub.card import render
+from tallstore.hub.changes import Changes, RemoteFile, compare, is_same
+from tallstore.hub.local_bundle import README, LocalBundle, decode
+from tallstore.hub.repository import Head, Repository
+from tallstore.inspecting.summary import Tables, TaskSummary, summarise, summarise_task
+
+# What a repository may hold and be called empty: what is there for people.
+_HARMLESS: Final = re.compile(r"\.[^/]*|LICENSE|NOTICE|.*\.(?:md|txt|pdf|png|jpe?g|gif|svg|webp)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for; see `tallstore.push`."""
+
+    private: bool | None
+    create_pr: bool
+    overwrite: bool
+
+
+@dataclass(frozen=True)
+class PushPlan:
+    """What a push would do.
+
+    Attributes:
+        local: what is pushed.
+        repository: where to.
+        request: what was asked for.
+        head: the commit that the bundle was compared with; None where the repository has yet to be made.
+        changes: file by file.
+        message: the commit's first line, by default.
+        readme: README.md.
+        wanted: every file that the repository will have of the bundle.
+    """
+
+    local: LocalBundle
+    repository: Repository
+    request: Request
+    head: Head | None
+    changes: Changes
+    message: str
+    readme: bytes
+    wanted: tuple[FileEntry, ...]
+
+    def is_in(self, commit: str) -> bool:
+        """Whether a commit, by its sha, has all of it."""
+        return compare(self.wanted, self.repository.files(commit), self.local.git_oid).is_empty
+
+
+def make_plan(local: LocalBundle, repository: Repository, request: Request) -> PushPlan:
+    """Compare; reads the repository's manifest and card, and sends nothing.
+
+    Raises:
+        OutputExistsError, NotFetchedError, CardError, HubError: as `tallstore.push`.
+    """
+    head = repository.head()
+    there: Mapping[str, RemoteFile] = {}
+    known: Mapping[str, bytes] = {}
+    manifest = None
+    if head is not None:
+        _refuse_options(repository, head, request)
+        there = repository.files(head.commit)
+        tables = [path for path in local.absent_tables() if is_same(local.files[path], there.get(path), local.git_oid)]
+        known = repository.read([path for path in (README, layout.MANIFEST, *tables) if path in there], head.commit)
+        manifest = _remote_manifest(repository, there, known, local, overwrite=request.overwrite)
+    readme = _card(local, repository, known)
+    wanted = (
+        *local.manifest.files,
+        _entry(README, readme),
+        _entry(layout.MANIFEST, local.raw_manifest),
+    )
+    changes = compare(wanted, there, local.git_oid)
+    _refuse_missing(local, repository, changes)
+    return PushPlan(
+        local=local,
+        repository=repository,
+        request=request,
+        head=head,
+        changes=changes,
+        message=_message(local.manifest, manifest),
+        readme=readme,
+        wanted=wanted,
+    )
+
+
+def _refuse_options(repository: Repository, head: Head, request: Request) -> None:
+    if request.private and not head.private:
+        raise HubError(repository.id, "is public, where private=True was given; make it private in its settings first")
+    if head.is_new_branch and request.create_pr:
+        raise HubError(repository.where, "is no branch that a pull request can be opened against; give another")
+
+
+def _remote_manifest(
+    repository: Repository,
+    there: Mapping[str, RemoteFile],
+    known: Mapping[str, bytes],
+    local: LocalBundle,
+    *,
+    overwrite: bool,
+) -> Manifest | None:
+    """The manifest of the bundle that is there; None where there is none, or none that is read here.
+
+    Raises:
+        OutputExistsError: what is there would be overwritten, and *overwrite* is False.
+    """
+    manifest = None
+    if layout.MANIFEST in there:
+        try:
+            manifest = parse_manifest(known[layout.MANIFEST], layout.MANIFEST)
+            problem = _other_bundle(local.manifest, manifest)
+        except FormatError as error:
+            problem = f"has a bundle that cannot be read ({error})"
+    else:
+        foreign = next((path for path in sorted(there) if not _HARMLESS.fullmatch(path)), None)
+        problem = None if foreign is None else f"has {foreign!r}, and no bundle"
+    if problem is not None and not overwrite:
+        raise OutputExistsError(f"{repository.where}: {problem}; choose another repository, or give overwrite=True")
+    return manifest
+
+
+def _other_bundle(ours: Manifest, theirs: Manifest) -> str | None:
+    """Why one bundle is not pushed over another; None where nothing speaks against it."""
+    if ours.format_version.partition(".")[0] != theirs.format_version.partition(".")[0]:
+        return f"has a bundle of format {theirs.format_version}, and this one's is {ours.format_version}"
+    if _base_table(ours) != _base_table(theirs):
+        return f"has a bundle of another base ({theirs.base.repo_id or 'of no name'})"
+    return None
+
+
+def _base_table(manifest: Manifest) -> str | None:
+    """The sha256 of base.json, in which the hash of every tensor is."""
+    return next((file.sha256 for file in manifest.files if file.path == layout.BASE_TABLE), None)
+
+
+def _refuse_missing(local: LocalBundle, repository: Repository, changes: Changes) -> None:
+    for entry in changes.upload:
+        if entry.path in {README, layout.MANIFEST} or os.path.lexists(local.root / entry.path):
+            continue
+        slug = entry.path.split("/")[1] if entry.path.startswith("tasks/") else None
+        name = next((task.name for task in local.manifest.tasks if task.slug == slug), None)
+        if name is None:
+            raise NotFetchedError(
+                f"{local.root}: {entry.path} is not here, nor in {repository.where}; fetch the whole bundle first"
+            )
+        raise NotFetchedError(
+            f"{local.root}: task {name!r} was not fetched, and {repository.where} does not have it as it is"
+            f" ({entry.path}); fetch the task first"
+        )
+
+
+def _card(local: LocalBundle, repository: Repository, known: Mapping[str, bytes]) -> bytes:
+    """README.md.
+
+    Args:
+        local: the bundle.
+        repository: where it goes.
+        known: files of the repository: its README.md, and tables of tasks that are not here.
+    """
+    summary, tables = summarise(local.root), Tables(local.root)
+    entries = {task.slug: task for task in local.manifest.tasks}
+
+    def described(task: TaskSummary) -> TaskSummary:
+        path = layout.task_table(task.slug)
+        if path not in known:
+            return task
+        table = parse(known[path], TaskTable, path, newer_minor=is_newer_minor(local.manifest))
+        return summarise_task(tables, entries[task.slug], table, fetched=False)
+
+    remote = decode(known[README], f"{repository.where}, {README}") if README in known else None
+    whole = dataclasses.replace(summary, tasks=tuple(map(described, summary.tasks)))
+    return render(whole, repository.id, local.readme(), remote, repository.licence_of).encode()
+
+
+def _entry(path: str, content: bytes) -> FileEntry:
+    written = hash_bytes(content)
+    return FileEntry(path=path, size=written.size, sha256=written.sha256, git_oid=written.git_oid)
+
+
+def _message(ours: Manifest, theirs: Manifest | None) -> str:
+    """A commit's first line: how many tasks there are, and what changed."""
+    names = {task.name for task in ours.tasks}
+    text = f"Bundle of {len(names)} task{'' if len(names) == 1 else 's'}"
+    if theirs is None:
+        return text
+    before = {task.name for task in theirs.tasks}
+    counts = {"added": len(names - before), "removed": len(before - names)}
+    changed = ", ".join(f"{count} {verb}" for verb, count in counts.items() if count)
+    return f"{text}: {changed}" if changed else text
