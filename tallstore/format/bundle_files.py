@@ -162,7 +162,7 @@ class BundleFiles:
             TallstoreError: as `task`.
         """
         entries = [self.entry(name) for name in names]
-        self._bring(path for entry in entries for path in table_paths(entry))
+        self._bring_tables(path for entry in entries for path in table_paths(entry))
         return [self.task(entry.name) for entry in entries]
 
     def _open_group(self, group_id: str) -> Group:
@@ -172,7 +172,7 @@ class BundleFiles:
         return Group(layout.group_directory(group_id), table.shards, group_vectors(table))
 
     def _open_task(self, entry: TaskEntry) -> Task:
-        self._bring(table_paths(entry))
+        self._bring_tables(table_paths(entry))
         table = self._read_table(layout.task_table(entry.slug), TaskTable)
         group = self.group(entry.group)
         refuse(check_task(table, entry, self.base, group.vectors, self.files))
@@ -181,7 +181,7 @@ class BundleFiles:
 
     def _read_table(self, path: str, table: type[Table]) -> Table:
         entry = self.files[path]
-        self._bring([path])
+        self._bring_tables([path])
         try:
             raw = layout.read_bounded(self.root, path, MAX_JSON_NBYTES)
         except FileNotFoundError:
@@ -366,6 +366,16 @@ class BundleFiles:
             ) from None
         self._check_size(self.files[path], place.stat().st_size)
         return place
+
+    def _bring_tables(self, paths: Iterable[str]) -> None:
+        """As `_bring`, unless a table is larger than it can be."""
+        if self._source is None:
+            return
+        wanted = list(paths)
+        for path in wanted:
+            if self.files[path].size > MAX_JSON_NBYTES:
+                raise FormatError("JSON-4", path, f"is over the limit of {MAX_JSON_NBYTES} bytes")
+        self._bring(wanted)
 
     def _bring(self, paths: Iterable[str]) -> None:
         """Have files in their places, if there is where to get them."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import pickle
 from dataclasses import replace
+from functools import partial
 
 import msgspec
 import pytest
@@ -66,6 +67,11 @@ def claim(repository, path, nbytes):
     repository.advance("refs/heads/main", lambda files: files.update({path: other}), title="Claim", author="user")
 
 
+def enlarged(path, nbytes, files):
+    """The manifest's files, one of them of another size."""
+    return [each | ({"size": nbytes} if each["path"] == path else {}) for each in files]
+
+
 def names_everywhere(found):
     return {path.name for path in found.rglob("*")}
 
@@ -118,13 +124,19 @@ def test_a_file_that_is_larger_than_listed_is_not_downloaded(running, process, r
     assert not running.log.select("GET", f"*{SHARD}")
 
 
+@pytest.mark.parametrize("path", ["base.json", "tasks/task1/task.json", "groups/g0001/group.json"])
+def test_a_table_that_is_too_large_is_not_downloaded(running, process, repository, tmp_path, path):
+    reseal(repository, files=partial(enlarged, path, parsing.MAX_JSON_NBYTES + 1))
+    claim(repository, path, parsing.MAX_JSON_NBYTES + 1)
+    found = call(process, digests, repository.id, ["task1"], cache_dir=tmp_path)
+    assert (found.error, f"{path}: is over the limit" in found.problem) == ("FormatError", True)
+    assert {each.path.rpartition("/")[2] for each in running.log.select("GET")} == {layout.MANIFEST}
+
+
 @pytest.mark.parametrize("where", ["cache", "directory"])
 def test_terabytes_are_not_downloaded(running, process, repository, tmp_path, where):
-    def enlarge(files):
-        return [each | ({"size": HUGE} if each["path"] == SHARD else {}) for each in files]
-
     claim(repository, SHARD, HUGE)
-    reseal(repository, files=enlarge)
+    reseal(repository, files=partial(enlarged, SHARD, HUGE))
     options = {"local_dir": tmp_path / "out"} if where == "directory" else {}
     found = call(process, tallstore.pull, repository.id, tasks=["task1"], cache_dir=tmp_path / "cache", **options)
     assert found.error == "OutputError"

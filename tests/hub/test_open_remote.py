@@ -10,6 +10,7 @@ from safetensors.torch import save
 
 import tallstore
 from tallstore.format import layout
+from tallstore.hub.pinned import Access
 from tests.hub import pulls
 from tests.hub.client_process import client_process
 from tests.hub.loopback import Account, LoopbackHub
@@ -312,6 +313,7 @@ def test_the_token_is_said_nowhere(hub, process, tmp_path):
     wrong = call(process, shown, "org/bundle", token="hf_wrong", cache_dir=tmp_path / "other")  # noqa: S106
     assert OWNER not in repr(found)
     assert "hf_wrong" not in repr(wrong)
+    assert OWNER not in repr(Access(OWNER))
     for file in tmp_path.rglob("*"):
         assert not file.is_file() or OWNER.encode() not in file.read_bytes()
 
@@ -339,3 +341,12 @@ def test_statistics_need_no_shared_vectors(hub, process, bundle, tmp_path):
     assert not [path for path in fetched(hub, "org/bundle") if path.startswith("groups/g0001/merged")]
     none = call(process, pulls.density, "org/bundle", None, cache_dir=tmp_path / "other")
     assert (none.error, "name the tasks" in none.problem) == ("NotFetchedError", True)
+
+
+def test_what_was_pushed_is_opened_and_pulled(hub, process, bundle, tmp_path):
+    assert call(process, tallstore.push, bundle, "user/pushed").error is None
+    found = call(process, digests, "user/pushed", TASKS[:1], cache_dir=tmp_path)
+    assert found.value == digests(bundle, TASKS[:1], base=base_model())
+    path = call(process, tallstore.pull, "user/pushed", cache_dir=tmp_path).value
+    assert contents(path) == contents(bundle)
+    assert call(process, tallstore.verify, "user/pushed", cache_dir=tmp_path).value == []
