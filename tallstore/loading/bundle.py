@@ -231,9 +231,8 @@ class Bundle:
             cache_nbytes: how many bytes of tasks' masks and whole tensors, decoded, stay in memory beside those of the
                 active task; a mask takes 1 to 4 bits a parameter.
             on_device: keep the base, the vectors that tasks share and these masks on the devices that the model is on,
-                packed: about as much memory again as the model takes there. A switch then decodes from there alone, a
-                hundred times as fast as from the CPU's memory; the first one to each task brings what it needs.
-                *cache_nbytes* then bounds the masks on each device.
+                packed: about as much memory again as the model takes there. A switch then sends next to nothing; the
+                first one to each task brings what it needs. *cache_nbytes* then bounds the masks on each device.
 
         Raises:
             OptionError: the model has no tensor of the base's, or *cache_nbytes* is negative.

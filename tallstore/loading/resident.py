@@ -23,8 +23,10 @@ from tallstore.format.payloads import Coded, Stored, coded_part, tensor_payloads
 from tallstore.format.shard_reader import PayloadReader
 from tallstore.loading.pinned_base import PinnedBase
 
-#: A mapping of a file takes one of the system's; Linux gives a process 65,530. Chunks beyond are read anew.
+#: A mapping of a file takes one of the system's, of which Linux gives a process 65,530.
 _MAX_HELD_CHUNKS: Final = 1 << 14
+#: Python keeps a descriptor for each: so much of what a process may have open is for mappings.
+_DESCRIPTORS_SHARE: Final = 4
 
 Opened = TypeVar("Opened")
 _Scales = tuple[NDArray[np.float32], int]
@@ -221,7 +223,7 @@ class ResidentBase(PinnedBase):
             base: that is read.
             keep: what was read. Where every read is to be checked, nothing may be kept.
         """
-        self._source, self._keep = base, keep
+        self._source, self._keep, self._most = base, keep, _most_held()
         self._held: dict[tuple[str, int], Tensor] = {}
         self._complete: set[str] = set()
 
@@ -235,7 +237,7 @@ class ResidentBase(PinnedBase):
             return
         for index, span in enumerate(chunk_spans(numel)):
             chunk = self._source.read(name, *span)
-            if self._keep and len(self._held) < _MAX_HELD_CHUNKS:
+            if self._keep and len(self._held) < self._most:
                 self._held[name, index] = chunk
         if self._keep:
             self._complete.add(name)
@@ -290,3 +292,13 @@ def _resident_payload(reader: PayloadReader, stored: Stored) -> _ResidentPayload
 def _writable(chunk: Bytes) -> Bytes:
     """In memory that torch can take as it is: of read-only arrays, every reader would make copies."""
     return chunk if chunk.flags.writeable else chunk.copy()
+
+
+def _most_held() -> int:
+    """How many chunks may be held; those beyond are read anew at each switch."""
+    try:
+        import resource  # noqa: PLC0415 - not on Windows
+    except ImportError:
+        return _MAX_HELD_CHUNKS
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MAX_HELD_CHUNKS if descriptors < 0 else min(_MAX_HELD_CHUNKS, descriptors // _DESCRIPTORS_SHARE)

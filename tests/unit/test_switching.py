@@ -9,6 +9,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import tallstore
@@ -16,6 +17,7 @@ from tallstore.format.dtypes import CHUNK_NUMEL
 from tallstore.loading.compiled import CompiledElements
 from tallstore.loading.resident import ResidentBase, _ResidentPayload
 from tests.bundle_builder import Bundle, Group, Task
+from tests.few_files import few_files
 from tests.reference import same_bits
 
 KINDS = ("mask", "signed", "two-level", "sign", "sparse", "uniform", "private")
@@ -855,3 +857,21 @@ def test_a_failure_in_a_block_gives_back_what_was_there(bundle, monkeypatch):
     assert switcher.active_expert == "a"
     assert is_expert(model, bundle, "a")
     model(TOKENS)
+
+
+def test_a_base_of_more_mappings_than_a_process_may_have_files_open(tmp_path, monkeypatch):
+    base = {f"w{number}": torch.full((1 << 16,), float(number)) for number in range(80)}  # too large to be copied
+    experts = {task: {name: tensor + step for name, tensor in base.items()} for task, step in (("a", 1), ("b", 2))}
+    save_file(base, tmp_path / "base.safetensors")
+    tallstore.pack(tmp_path / "base.safetensors", experts, tmp_path / "bundle", method=tallstore.Sign())
+    model = nn.Module()
+    for name, tensor in base.items():
+        model.register_buffer(name, tensor.clone())
+    with (
+        few_files(monkeypatch, 60),
+        tallstore.open_bundle(tmp_path / "bundle", base=tmp_path / "base.safetensors") as bundle,
+    ):
+        switcher = bundle.attach(model)
+        for task in ("a", "b", "a"):
+            switcher.set_expert(task)
+            assert is_expert(model, bundle, task)
