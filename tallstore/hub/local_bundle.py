@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Final
 
 from tallstore.errors import BundleNotFoundError, CardError, FormatError, IntegrityError
-from tallstore.files import hash_bytes, hash_file
+from tallstore.files import hash_bytes, hash_file, write_file
 from tallstore.format import layout
 from tallstore.format.manifest import FileEntry
+from tallstore.format.origin import ORIGIN, Origin, read_origin, serialise_origin
 from tallstore.format.parsing import MAX_JSON_NBYTES, parse_manifest
 from tallstore.meter import Progress
 from tallstore.verifying import verify
@@ -69,6 +71,17 @@ class LocalBundle:
         """The tables of tasks that were not fetched."""
         tables = [layout.task_table(task.slug) for task in self.manifest.tasks]
         return [path for path in tables if path in self.files and not os.path.lexists(self.root / path)]
+
+    def origin(self) -> Origin | None:
+        """Where the bundle was pulled from; None where that is not known."""
+        return read_origin(self.root)
+
+    def remember(self, repo_id: str, commit: str) -> None:
+        """Of a bundle that was pulled from there: the repository has at *commit* what is here."""
+        origin = self.origin()
+        if origin is not None and origin.repo_id == repo_id:
+            with contextlib.suppress(OSError):  # in a directory that may not be written to, the old commit stays
+                write_file(self.root / ORIGIN, serialise_origin(Origin(repo_id, commit)))
 
     def refuse_broken(self, progress: Progress | None) -> None:
         """Verify the bundle.

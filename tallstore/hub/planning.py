@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from tallstore.errors import FormatError, HubError, NotFetchedError, OutputExistsError
+from tallstore.errors import FormatError, HubConflictError, HubError, NotFetchedError, OutputExistsError
 from tallstore.files import hash_bytes
 from tallstore.format import layout
 from tallstore.format.manifest import FileEntry, Manifest, TaskTable
@@ -66,7 +66,7 @@ def make_plan(local: LocalBundle, repository: Repository, request: Request) -> P
     """Compare; reads the repository's manifest and card, and sends nothing.
 
     Raises:
-        OutputExistsError, NotFetchedError, CardError, HubError: as `tallstore.push`.
+        OutputExistsError, NotFetchedError, CardError, HubConflictError, HubError: as `tallstore.push`.
     """
     head = repository.head()
     there: Mapping[str, RemoteFile] = {}
@@ -78,6 +78,8 @@ def make_plan(local: LocalBundle, repository: Repository, request: Request) -> P
         tables = [path for path in local.absent_tables() if is_same(local.files[path], there.get(path), local.git_oid)]
         known = repository.read([path for path in (README, layout.MANIFEST, *tables) if path in there], head.commit)
         manifest = _remote_manifest(repository, there, known, local, overwrite=request.overwrite)
+        if manifest is not None and not request.overwrite:
+            _refuse_losses(local, repository, head, manifest)
     readme = _card(local, repository, known)
     wanted = (
         *local.manifest.files,
@@ -145,6 +147,29 @@ def _other_bundle(ours: Manifest, theirs: Manifest) -> str | None:
 def _base_table(manifest: Manifest) -> str | None:
     """The sha256 of base.json, in which the hash of every tensor is."""
     return next((file.sha256 for file in manifest.files if file.path == layout.BASE_TABLE), None)
+
+
+def _refuse_losses(local: LocalBundle, repository: Repository, head: Head, theirs: Manifest) -> None:
+    """Tasks that others added since the bundle here was pulled are not meant by leaving them out.
+
+    Raises:
+        HubConflictError: there are some.
+    """
+    origin = local.origin()
+    if origin is None or origin.repo_id != repository.id or origin.sha == head.commit:
+        return
+    left_out = {task.name for task in theirs.tasks} - {task.name for task in local.manifest.tasks}
+    if not left_out:
+        return
+    pulled = repository.read([layout.MANIFEST], origin.sha).get(layout.MANIFEST)
+    before = set() if pulled is None else {task.name for task in parse_manifest(pulled, layout.MANIFEST).tasks}
+    added = sorted(left_out - before)
+    if added:
+        raise HubConflictError(
+            repository.where,
+            f"task {added[0]!r} was added there after this bundle was pulled, and the push would remove it; "
+            "pull again, or give overwrite=True",
+        )
 
 
 def _refuse_missing(local: LocalBundle, repository: Repository, changes: Changes) -> None:

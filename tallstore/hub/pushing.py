@@ -47,7 +47,8 @@ def push(
         create_pr: open a pull request instead of committing to the branch.
         commit_message: its first line.
         commit_description: its further lines.
-        overwrite: push over a bundle of another base or format, or beside files that are no bundle's.
+        overwrite: push over a bundle of another base or format or with tasks of others, or beside files that are no
+            bundle's.
         progress: called with the bytes that were verified and those in all. Uploads are shown by the Hub's client, on a
             terminal alone.
 
@@ -60,7 +61,8 @@ def push(
         NotFetchedError: a task's files are neither here nor in the repository.
         OutputExistsError: the repository has another bundle, or what is none.
         HubAccessError: no token was given, or one that may not write there.
-        HubConflictError: somebody else pushed in the meantime.
+        HubConflictError: somebody else pushed in the meantime; or added a task after this bundle was pulled, which
+            would be removed.
         HubError: the Hub refuses for another reason, or cannot be reached.
         CardError: README.md cannot be read, here or on the Hub.
         OptionError: *repo_id* is no id, or *revision* no branch.
@@ -107,7 +109,7 @@ def carry_out(planned: PushPlan, message: str | None = None, description: str | 
         repository.create_branch(head.commit)
     if planned.changes.is_empty:
         return repository.unchanged(head.commit, message=message, description=description)
-    return repository.commit(
+    made = repository.commit(
         [*_upload(planned), *_deletions(planned)],
         head.commit,
         planned.is_in,
@@ -115,6 +117,9 @@ def carry_out(planned: PushPlan, message: str | None = None, description: str | 
         description=description,
         create_pr=planned.request.create_pr,
     )
+    if not planned.request.create_pr:
+        planned.local.remember(repository.id, made.oid)
+    return made
 
 
 def _made(planned: PushPlan) -> PushPlan:

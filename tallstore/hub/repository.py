@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from tallstore.errors import CardError, HubAccessError, HubConflictError, HubError, OptionError
 from tallstore.hub.changes import RemoteFile
 from tallstore.hub.refusals import Reason, may_pass, refusal_of
+from tallstore.hub.retrying import patiently
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete
@@ -268,20 +269,11 @@ class Repository:
 
     def _do(self, request: Callable[[], Answer], *passed_on: type[Exception]) -> Answer:
         """The answer to a request that may be made several times."""
-        for wait in _WAITS:
-            try:
-                return request()
-            except passed_on:
-                raise
-            # The messages have several lines, and those of the HTTP client may quote the headers, where the token is.
-            except Exception as error:  # noqa: BLE001
-                if not may_pass(error):
-                    raise self._refused(error) from None
-            time.sleep(wait)
         try:
-            return request()
+            return patiently(request, _WAITS, may_pass)
         except passed_on:
             raise
+        # The messages have several lines, and those of the HTTP client may quote the headers, where the token is.
         except Exception as error:  # noqa: BLE001
             raise self._refused(error) from None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
 from tallstore.hub.refusals import may_pass
@@ -16,20 +16,29 @@ _LONGEST_WAIT: Final = 30.0  # whatever the Hub asks for
 _NOBODY_THERE: Final = frozenset({"ConnectError", "ConnectTimeout"})  # most often there is no network at all
 
 
-def patiently(action: Callable[[], Result]) -> Result:
-    """Do *action*; where the Hub is busy, or a connection breaks, wait and do it again, four times at most.
+def patiently(
+    action: Callable[[], Result],
+    waits: Sequence[float] | None = None,
+    passes: Callable[[Exception], bool] | None = None,
+) -> Result:
+    """Do *action*; where the Hub is busy, or a connection breaks, wait and do it again.
 
     The client tries some requests again itself, and raises another error when it gives them up: those are not tried
     again here.
 
+    Args:
+        action: may be done several times.
+        waits: seconds before each further time, unless the Hub asks for others; four times by default.
+        passes: whether an error may not come the next time; by default `is_passing`.
+
     Raises:
         Exception: the last one that *action* raised.
     """
-    for wait in _WAITS:
+    for wait in _WAITS if waits is None else waits:
         try:
             return action()
         except Exception as error:
-            if not is_passing(error):
+            if not (passes or is_passing)(error):
                 raise
             asked_for = _retry_after(error)
         time.sleep(wait if asked_for is None else min(asked_for, _LONGEST_WAIT))

@@ -7,6 +7,7 @@ import shutil
 import msgspec
 import pytest
 
+from tallstore.format.origin import ORIGIN, Origin, read_origin, serialise_origin
 from tallstore.format.parsing import parse_manifest, serialise_manifest
 from tests.hub.loopback import Account, LoopbackHub
 from tests.hub.loopback.faults import Call
@@ -62,6 +63,31 @@ def test_what_did_not_change_is_neither_sent_nor_committed(hub, push, bundles):
     assert push(bundles / "two", REPO).oid == first.oid
     assert not hub.log.select("POST")
     assert not hub.log.select("PUT")
+
+
+def write_origin(bundle, sha):
+    """As `tallstore.pull` does."""
+    (bundle / ORIGIN).parent.mkdir(parents=True, exist_ok=True)
+    (bundle / ORIGIN).write_bytes(serialise_origin(Origin(REPO, sha)))
+
+
+def test_tasks_that_others_added_after_the_pull_are_not_removed(hub, push, bundles, two):
+    write_origin(two, push(bundles / "two", REPO).oid)
+    added = push(bundles / "three", REPO).oid
+    outcome = push(two, REPO)
+    assert outcome.error == "HubConflictError"
+    assert "task 'task3' was added there after this bundle was pulled" in outcome.problem
+    assert hub.repositories[REPO].refs["refs/heads/main"] == added
+    taken = push(two, REPO, overwrite=True)
+    assert pushed(hub) == contents(bundles / "two")
+    assert read_origin(two) == Origin(REPO, taken.oid)
+    assert push(two, REPO).oid == taken.oid
+
+
+def test_tasks_that_were_there_at_the_pull_are_removed(hub, push, bundles, two):
+    write_origin(two, push(bundles / "three", REPO).oid)
+    assert push(two, REPO).message == "Bundle of 2 tasks: 1 removed"
+    assert pushed(hub) == contents(bundles / "two")
 
 
 def test_one_more_task_sends_its_files_alone(hub, push, bundles):
