@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 import tallstore
-from tallstore.distributed import BundleStorageReader
+from tallstore.distributed import BundleStorageReader, _Request
 from tallstore.errors import NotFetchedError, OptionError, UnknownTaskError
 from tallstore.loading.boxes import Box
 from tests.bundle_builder import Bundle, Group, Task
@@ -76,6 +76,13 @@ def test_memory_is_filled_in_place_whatever_its_strides(kinds):
     load(kinds, dict(found), no_dist=True)
     assert_same({name: tensor.contiguous() for name, tensor in found.items()}, expected)
     assert all(not tensor[..., 0].any() for tensor in room.values())
+
+
+def test_what_is_on_no_cpu_comes_by_way_of_it(kinds, monkeypatch):
+    """As if this memory were a device's; `integration/test_gpu.py` has a real one."""
+    monkeypatch.setattr(_Request, "is_local", False)
+    expected = kinds.state_dict("t", dtype="bfloat16")
+    assert_same(load(kinds, empty_like(expected), no_dist=True), expected)
 
 
 def test_a_part_of_the_names_will_do(kinds):
