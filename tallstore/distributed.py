@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -123,6 +124,8 @@ class BundleStorageReader(StorageReader):
         requests = [_Request.of(item, planner, self._expert) for item in plan.items]
         self._write(list(self._without_ties(requests)))
         for request in requests:
+            if not request.destination.is_inference():
+                increment_version(request.destination)  # torch does not see what compiled functions write
             planner.commit_tensor(request.item, request.destination)
         done: Future[None] = Future()
         done.set_result(None)
@@ -130,7 +133,7 @@ class BundleStorageReader(StorageReader):
 
     def _write(self, requests: Sequence[_Request]) -> None:
         self._expert.write_boxes(
-            (request.name, request.box, request.destination) for request in requests if request.is_local
+            [(request.name, request.box, request.destination) for request in requests if request.is_local]
         )
         sent = {request.name: request.destination for request in requests if request.is_sent}
         for device, targets in by_device(sent).items():

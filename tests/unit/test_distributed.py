@@ -78,6 +78,14 @@ def test_memory_is_filled_in_place_whatever_its_strides(kinds):
     assert all(not tensor[..., 0].any() for tensor in room.values())
 
 
+def test_torch_counts_the_writes(kinds):
+    """A graph that holds the old values is to notice."""
+    weights = empty_like(kinds.state_dict("t"))
+    before = {name: tensor._version for name, tensor in weights.items()}
+    load(kinds, weights, no_dist=True)
+    assert all(tensor._version > before[name] for name, tensor in weights.items() if tensor.numel())
+
+
 def test_what_is_on_no_cpu_comes_by_way_of_it(kinds, monkeypatch):
     """As if this memory were a device's; `integration/test_gpu.py` has a real one."""
     monkeypatch.setattr(_Request, "is_local", False)
