@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-
+_SHARED_NUMBERS: Final = 2  # of a file's version
 _COPIED_NBYTES: Final = 1 << 17  # to map so few, and to be given their pages one by one, takes longer
 
 
@@ -31,7 +31,8 @@ class Shard:
 
     Attributes:
         tensors: where each is in the file.
-        version: size and times of the file when its header was read.
+        version: the file's when its header was read, as `_version` tells it, or the part of it that other machines
+            share.
     """
 
     path: Path
@@ -88,6 +89,11 @@ class SafetensorsCheckpoint(Checkpoint):
         shards = {path: replace(self._shards[path], tensors=tensors) for path, tensors in held.items()}
         return SafetensorsCheckpoint(self.origin, shards, places)
 
+    def __getstate__(self) -> dict[str, object]:
+        """Without what only this machine calls the files by."""
+        shards = {path: replace(shard, version=shard.version[:_SHARED_NUMBERS]) for path, shard in self._shards.items()}
+        return {**super().__getstate__(), "_shards": shards}
+
     def _flat_bytes(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
         shard = self._shards[self._places[name]]
         entry = shard.tensors[name]
@@ -105,7 +111,8 @@ def _spec(entry: Entry) -> TensorSpec:
 
 
 def _version(status: os.stat_result) -> tuple[int, ...]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    """Numbers that change with the file. Machines that mount it number devices, and maybe files, as they like."""
+    return status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino
 
 
 def _read(shard: Shard, first: int, end: int) -> NDArray[np.uint8]:
@@ -117,7 +124,7 @@ def _read(shard: Shard, first: int, end: int) -> NDArray[np.uint8]:
     """
     try:
         with shard.path.open("rb", buffering=0) as file:
-            if _version(os.fstat(file.fileno())) != shard.version:
+            if _version(os.fstat(file.fileno()))[: len(shard.version)] != shard.version:
                 raise DamagedCheckpointError(str(shard.path), "was changed while it was read; start again")
             if end - first <= _COPIED_NBYTES:
                 copied = np.empty(end - first, np.uint8)

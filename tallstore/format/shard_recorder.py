@@ -51,6 +51,11 @@ class ShardRecorder:
 
 
 def new_body(path: Path) -> Body:
-    """A body of no shard, in a new file at *path*."""
-    path.touch()
+    """A body of no shard, in a new file at *path*.
+
+    Raises:
+        FileExistsError: there is one.
+        FileNotFoundError: its directory is not there.
+    """
+    path.touch(exist_ok=False)
     return Body("", 0, path)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from tallstore.format.owners import Task
 from tallstore.format.payloads import Coded, Stored, coded_part, further_of, leading_shape, values_of
 from tallstore.format.shard_reader import PayloadReader
 from tallstore.loading import parallel
+from tallstore.loading.boxes import Box
 from tallstore.loading.coded import open_coded
 from tallstore.loading.compiled import CompiledElements, open_compiled
 from tallstore.loading.decode import copy_cast
@@ -26,13 +27,12 @@ from tallstore.loading.forms import form_of
 from tallstore.loading.fresh_memory import Wanted, fresh, refuse_too_large
 from tallstore.loading.kernels import NARROW, kernels
 from tallstore.loading.packed import Form
+from tallstore.loading.pieces import Cut, Piece, Section, Source, jobs
 from tallstore.loading.pinned_base import PinnedBase
 from tallstore.loading.resident import ResidentFiles
 
 if TYPE_CHECKING:
     from tallstore.loading.decode_llvm import Kernel
-
-_JOB_NUMEL: Final = CHUNK_NUMEL // 2
 
 
 class Expert:
@@ -89,13 +89,13 @@ class Expert:
             own_dtype = TORCH_DTYPES[spec.dtype]
             return spec.shape, own_dtype if dtype is None or not own_dtype.is_floating_point else dtype
 
-        def pieces() -> Iterator[_Piece]:
+        def pieces() -> Iterator[Piece]:
             for name, tensor in zip(names, fresh(map(wanted, names)), strict=True):
                 whole[name] = tensor
                 yield from self._pieces(name, 0, tensor.numel(), tensor.view(-1))
 
         self._expect((name, wanted(name)[1]) for name in names)
-        parallel.run(_grouped(pieces()))
+        parallel.run(jobs(pieces()))
         return whole
 
     def write(self, destinations: Mapping[str, Tensor]) -> None:
@@ -109,12 +109,27 @@ class Expert:
         self._files.bring([self.task], destinations)
         self._expect((name, destination.dtype) for name, destination in destinations.items())
         parallel.run(
-            _grouped(
+            jobs(
                 piece
                 for name, destination in destinations.items()
                 for piece in self._pieces(name, 0, destination.numel(), destination)
             )
         )
+
+    def write_boxes(self, destinations: Sequence[tuple[str, Box, Tensor]]) -> None:
+        """Write slices of tensors to tensors on the CPU; cast where the dtype is another. See `write` for torch.
+
+        Reads and decodes each chunk that a slice has elements in, once for each slice: for a few columns of a matrix
+        that is all of it. Needs the memory of a few chunks.
+
+        Args:
+            destinations: names, slices, and where they go: of the slice's lengths, of any dtype and strides, detached.
+
+        Raises:
+            TallstoreError: as `read`. Any part of the destinations may have been written then.
+        """
+        self._expect((name, destination.dtype) for name, _, destination in destinations)
+        parallel.run(jobs(cut for slice_of in destinations for cut in self._cuts(*slice_of)))
 
     def elements(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a flat tensor in its own dtype, [stop - start], in new memory on the CPU.
@@ -163,39 +178,44 @@ class Expert:
             self._forms[coded.name, dtype] = form
         return form
 
-    def _pieces(self, name: str, start: int, stop: int, destination: Tensor) -> Iterator[_Piece]:
+    def _pieces(self, name: str, start: int, stop: int, destination: Tensor) -> Iterator[Piece]:
         """What `read` does, chunk by chunk; the payloads are opened as the iteration goes on."""
         for section in self._sections(name, start, stop, destination.dtype):
-            low, high = max(start, section.start), min(stop, section.stop)
-            for first, last in _chunked(low - section.start, high - section.start):
-                place = section.start + first - start
-                yield _Piece(section.source, first, last, section.dtype, destination[place : place + last - first])
+            yield from section.pieces(start, stop, destination)
 
-    def _sections(self, name: str, start: int, stop: int, wanted: torch.dtype) -> Iterator[_Section]:
+    def _cuts(self, name: str, box: Box, destination: Tensor) -> Iterator[Piece | Cut]:
+        """What `write_boxes` does for one slice, likewise."""
+        if box.is_run and destination.is_contiguous():
+            yield from self._pieces(name, box.start, box.stop, destination.view(-1))
+            return
+        for section in self._sections(name, box.start, box.stop, destination.dtype):
+            yield from section.cuts(box, destination)
+
+    def _sections(self, name: str, start: int, stop: int, wanted: torch.dtype) -> Iterator[Section]:
         """The parts of a tensor that overlap [start, stop); a payload is not opened before its part is asked for."""
         tensor = self.task.tensor(name)
         numel, own = math.prod(tensor.shape), TORCH_DTYPES[tensor.dtype]
         if isinstance(tensor, PrivateTensor) and start < stop:
-            yield _Section(0, numel, self._stored(values_of(tensor)), own)
+            yield Section(0, numel, self._stored(values_of(tensor)), own)
         if not isinstance(tensor, BasedTensor):
             return
         border = math.prod(leading_shape(tensor)) if isinstance(tensor, ExtendedTensor) else numel
         if start < min(border, stop):
             coded = coded_part(tensor)
             if coded is None:
-                yield _Section(0, border, _Kept(self._base, tensor.base_name), own)
+                yield Section(0, border, _Kept(self._base, tensor.base_name), own)
             else:
                 yield self._coded(coded, tensor.dtype, wanted)
         if isinstance(tensor, ExtendedTensor) and max(border, start) < stop:
-            yield _Section(border, numel, self._stored(further_of(tensor)), own)
+            yield Section(border, numel, self._stored(further_of(tensor)), own)
 
-    def _coded(self, coded: Coded, own: Dtype, wanted: torch.dtype) -> _Section:
+    def _coded(self, coded: Coded, own: Dtype, wanted: torch.dtype) -> Section:
         form = self._form(coded, own, wanted)
         kernel = kernels.kernel(form)
         if kernel is None:
             elements = open_coded(self._files, self.task, self._base, coded)
-            return _Section(0, coded.numel, elements, TORCH_DTYPES[own])
-        return _Section(0, coded.numel, self._compiled(coded, kernel), TORCH_DTYPES[form.wanted])
+            return Section(0, coded.numel, elements, TORCH_DTYPES[own])
+        return Section(0, coded.numel, self._compiled(coded, kernel), TORCH_DTYPES[form.wanted])
 
     def _compiled(self, coded: Coded, kernel: Kernel) -> CompiledElements:
         make = partial(open_compiled, kernel, self._files, self.task, self._base, coded)
@@ -203,27 +223,10 @@ class Expert:
             return self._files.opened(self.task, coded.name, kernel, make)
         return make()
 
-    def _stored(self, stored: Stored | None) -> _Source:
+    def _stored(self, stored: Stored | None) -> Source:
         if stored is None:
             raise AssertionError("elements without a payload")  # the tables were checked (TAB-6)
         return _Stored(self._files.payload(self.task, stored))
-
-
-class _Source(Protocol):
-    """Where elements come from."""
-
-    def read(self, start: int, stop: int, destination: Tensor) -> None:
-        """Write elements [start, stop), which lie in one chunk, to *destination* in the dtype that it gives."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Section:
-    """Elements [start, stop) of a tensor, whose source counts them, and their chunks, from 0; and what it gives."""
-
-    start: int
-    stop: int
-    source: _Source
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,58 +251,3 @@ class _Kept:
 
     def read(self, start: int, stop: int, destination: Tensor) -> None:
         copy_cast(destination, self.base.read(self.name, start, stop))
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Elements [start, stop) of a source, which lie in one chunk, and where they are wanted.
-
-    Attributes:
-        dtype: that the source gives.
-        destination: [stop - start], of any dtype.
-    """
-
-    source: _Source
-    start: int
-    stop: int
-    dtype: torch.dtype
-    destination: Tensor
-
-    def write(self) -> None:
-        if self.destination.dtype == self.dtype:
-            self.source.read(self.start, self.stop, self.destination)
-            return
-        given = torch.empty(self.stop - self.start, dtype=self.dtype, device="cpu")
-        self.source.read(self.start, self.stop, given)
-        copy_cast(self.destination, given)
-
-
-def _grouped(pieces: Iterable[_Piece]) -> Iterator[parallel.Job]:
-    """Jobs of a piece each, or of many small ones: a job costs about as much as decoding a thousand elements."""
-    group: list[_Piece] = []
-    numel = 0
-    try:
-        for piece in pieces:
-            group.append(piece)
-            numel += piece.stop - piece.start
-            if numel >= _JOB_NUMEL:
-                yield partial(_write, group)
-                group, numel = [], 0
-    except Exception:
-        yield partial(_write, group)  # what goes wrong there comes first
-        raise
-    if group:
-        yield partial(_write, group)
-
-
-def _write(pieces: Sequence[_Piece]) -> None:
-    for piece in pieces:
-        piece.write()
-
-
-def _chunked(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """[start, stop) in ranges that each lie in one chunk."""
-    while start < stop:
-        last = min(stop, (start // CHUNK_NUMEL + 1) * CHUNK_NUMEL)
-        yield start, last
-        start = last

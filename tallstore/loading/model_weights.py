@@ -132,7 +132,7 @@ def _check_tied(names: list[str], expert: Expert) -> None:
     """The model has one tensor under several names: the expert's must be one, or equal bit for bit."""
     first, *others = dict.fromkeys(map(expert.carrier, names))
     for other in others:
-        if expert.spec(first).dtype != expert.spec(other).dtype or not _equal(
+        if expert.spec(first).dtype != expert.spec(other).dtype or not same_bits(
             expert.tensor(first), expert.tensor(other)
         ):
             raise OptionError(
@@ -141,7 +141,8 @@ def _check_tied(names: list[str], expert: Expert) -> None:
             )
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two contiguous tensors of one dtype have the same bits."""
     return torch.equal(one.view(-1).view(torch.uint8), other.view(-1).view(torch.uint8))
 
 

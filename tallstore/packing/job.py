@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -172,7 +173,7 @@ class Job:
         # Whoever gave the directory removes it after an error, when no interrupted unit is writing there any more.
         scratch = Path(tempfile.mkdtemp(prefix=".units-", dir=root))
         self._pack_tensors(group, fitting, given, scratch, executor)
-        scratch.rmdir()  # of each unit, the group has removed the file
+        shutil.rmtree(scratch)  # of each unit, the group has removed the file; workers that died left others
         self._store_unknown(group)
         self._meter.end_phase()
         method = assemble.recorded_method(fitting.method)

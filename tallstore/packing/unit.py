@@ -7,6 +7,7 @@ must be on storage that every worker sees.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import msgspec
 import torch
 
 from tallstore.checkpoints import Checkpoint
+from tallstore.errors import WorkerError
 from tallstore.fit import Fit
 from tallstore.format import manifest as tables
 from tallstore.format.manifest import Payload, SharedDtype
@@ -53,7 +55,7 @@ class Unit:
         base, given: of these tensors alone; see `TensorPacker`.
         experts: likewise, of every task.
         tensors: in their order.
-        file: to write payloads to; not there yet.
+        file: to write payloads to; what is added to its name makes it the worker's own.
         factors, estimates: see `TensorPacker`.
         compress: whether payloads are compressed where that makes them smaller.
     """
@@ -95,10 +97,18 @@ def pack_unit(unit: Unit) -> UnitMade:
 
     Raises:
         InputError: as `pack`.
+        WorkerError: the directory of the scratch file is not there.
         OSError: the scratch file cannot be written.
     """
+    # An executor that lost a worker may give its unit to another one, while the first still writes, or after.
+    file = unit.file.with_name(f"{unit.file.name}-{uuid.uuid4().hex}")
     with torch.inference_mode(mode=False), one_intra_op_thread():
-        body = new_body(unit.file)
+        try:
+            body = new_body(file)
+        except FileNotFoundError:
+            raise WorkerError(
+                f"executor: a worker does not see {file.parent}; write the bundle to storage that all workers share"
+            ) from None
         writer = ShardRecorder(body, compress=unit.compress)
         recorders = {expert.task: ShardRecorder(body, compress=unit.compress) for expert in unit.experts}
         tasks = {expert.task: TaskProgress(expert=expert, writer=recorders[expert.task]) for expert in unit.experts}
@@ -106,7 +116,7 @@ def pack_unit(unit: Unit) -> UnitMade:
             unit.base,
             tasks,
             writer,
-            unit.file.parent,
+            file.parent,
             factors=unit.factors,
             given=unit.given,
             estimates=unit.estimates,
@@ -116,7 +126,7 @@ def pack_unit(unit: Unit) -> UnitMade:
             packer.pack(tensor.name, tensor.parts, tensor.fit, tensor.dtype, lambda _nbytes: None)
         return UnitMade(
             nbytes=sum(part.spec.nbytes for tensor in unit.tensors for part in tensor.parts),
-            file=unit.file,
+            file=file,
             tasks={name: (_plain(task), recorders[name].recorded) for name, task in tasks.items()},
             vectors=tuple(packer.vectors),
             recorded=writer.recorded,

@@ -77,3 +77,20 @@ def test_the_storage_table_is_printed(tmp_path):
     assert "NaN" not in run.stdout
     assert run.stderr == ""
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_cost_of_workers_is_printed():
+    options = ["--rows", "512", "--columns", "300", "--tasks", "3", "--parameters", "1000000", "--workers", "2"]
+    run = subprocess.run(
+        [sys.executable, BENCHMARKS / "workers.py", *options],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    measured, multiplied = run.stdout.split("by multiplication")
+    assert "| elements of all experts | 0.00 G |" in measured
+    assert "| worker, peak anonymous MiB | " in measured
+    assert "| on 2 workers, minutes | " in multiplied
+    assert run.stderr == ""

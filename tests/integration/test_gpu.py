@@ -13,8 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
+from torch.distributed import checkpoint
 
 import tallstore
+from tallstore.distributed import BundleStorageReader
 from tallstore.loading import decode_torch, device_expert, device_memory, sending, switching
 from tallstore.loading.device_decoders import computes_exactly, decoder_for
 from tallstore.loading.device_expert import DeviceExpert
@@ -141,6 +143,24 @@ def packed(tmp_path):
     tallstore.pack(base, experts, tmp_path / "bundle")
     with tallstore.open_bundle(tmp_path / "bundle", base=base) as bundle:
         yield bundle, base
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.usefixtures("decode")
+def test_distributed_checkpoints_are_loaded_onto_it(tmp_path):
+    """What is whole and contiguous is rebuilt there, the rest comes by way of the CPU."""
+    with tallstore.open_bundle(write_large(tmp_path / "bundle", KINDS).seal()) as bundle:
+        expected = bundle.state_dict("t")
+        for turned in (False, True):
+            weights = {
+                name: torch.zeros(tensor.shape[::-1], dtype=tensor.dtype, device="cuda").T
+                if turned and tensor.ndim == 2
+                else torch.zeros(tensor.shape, dtype=tensor.dtype, device="cuda")
+                for name, tensor in expected.items()
+            }
+            checkpoint.load(weights, storage_reader=BundleStorageReader(bundle, "t"), no_dist=True)
+            found = on_cpu(weights)
+            assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
 
 
 class Net(nn.Module):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -384,6 +386,18 @@ class TestMisuse:
         os.utime(checkpoint.files[0], ns=(1, 1))
         with pytest.raises(DamagedCheckpointError, match=r"x\.safetensors: was changed while it was read"):
             checkpoint.read("weight")
+
+    def test_a_file_that_another_machine_calls_by_other_numbers(self, checkpoint, tmp_path):
+        """What is sent there knows it by its size and time; what stays here, by inode too."""
+        sent = pickle.loads(pickle.dumps(checkpoint))  # noqa: S301 - our own
+        before = checkpoint.read("weight").clone()
+        shutil.copy2(checkpoint.files[0], tmp_path / "copy").replace(checkpoint.files[0])
+        assert sent.read("weight").equal(before)
+        with pytest.raises(DamagedCheckpointError, match="was changed while it was read"):
+            checkpoint.read("weight")
+        os.utime(checkpoint.files[0], ns=(1, 1))
+        with pytest.raises(DamagedCheckpointError, match="was changed while it was read"):
+            sent.read("weight")
 
     def test_a_file_that_vanishes_under_the_reader(self, checkpoint):
         checkpoint.files[0].unlink()

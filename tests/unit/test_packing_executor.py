@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -213,6 +214,78 @@ def test_an_input_error_of_a_worker_is_the_same_as_here(tmp_path, files, process
         found.append((str(caught.value), caught.value.where, caught.value.problem))
     assert found[0] == found[1]
     assert not (tmp_path / "out").exists()
+
+
+class StoppedError(Exception):
+    """A worker died here."""
+
+
+class Stopping(Checkpoint):
+    """Another checkpoint, until one of its reads stops the work for once."""
+
+    def __init__(self, like, at):
+        super().__init__(Origin("a checkpoint that stops"), {name: like.spec(name) for name in like.names})
+        self._like, self._left = like, at
+
+    def _flat_bytes(self, name, start, stop):
+        self._left -= 1
+        if not self._left:
+            raise StoppedError
+        return self._like.read_bytes(name, start, stop)
+
+    def _release(self):
+        self._like.close()
+
+
+class Again(Executor):
+    """Does work that was stopped once more, as Dask and Ray do where a worker dies."""
+
+    def __init__(self):
+        self.stops = 0
+
+    def submit(self, function, /, *arguments, **keywords):
+        future = Future()
+        try:
+            result = function(*arguments, **keywords)
+        except StoppedError:
+            self.stops += 1
+            result = function(*arguments, **keywords)
+        future.set_result(result)
+        return future
+
+
+@pytest.mark.parametrize("at", [1, 4, 9, 12])
+def test_work_that_was_half_done_can_be_done_again(tmp_path, files, at):
+    """Nothing of the first attempt is left, whatever it had written."""
+    base, experts = files
+    tallstore.pack(base, experts, tmp_path / "here")
+    executor = Again()
+    stopping = Stopping(open_checkpoint(experts["a"]), at)
+    tallstore.pack(base, {**experts, "a": stopping}, tmp_path / "there", executor=executor)
+    assert executor.stops == 1
+    assert contents(tmp_path / "there") == contents(tmp_path / "here")
+    assert tallstore.verify(tmp_path / "there") == []
+
+
+class Elsewhere(Executor):
+    """A worker of another machine, which has no such directories."""
+
+    def submit(self, function, /, unit):
+        future = Future()
+        try:
+            function(replace(unit, file=unit.file.parent / "elsewhere" / unit.file.name))
+        except TallstoreError as error:
+            future.set_exception(error)
+        return future
+
+
+def test_storage_that_a_worker_does_not_see_is_said(tmp_path, files):
+    base, experts = files
+    with pytest.raises(
+        WorkerError, match=r"\Aexecutor: a worker does not see .*; write the bundle to storage that all"
+    ):
+        tallstore.pack(base, experts, tmp_path / "out", executor=Elsewhere())
+    assert list(tmp_path.iterdir()) == []
 
 
 class Backwards(Executor):

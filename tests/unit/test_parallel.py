@@ -17,7 +17,7 @@ import tallstore
 from tallstore.errors import IntegrityError
 from tallstore.format.dtypes import CHUNK_NUMEL
 from tallstore.format.safetensors_header import parse_header
-from tallstore.loading import expert, parallel
+from tallstore.loading import parallel, pieces
 from tests.bundle_builder import Bundle, Group, Task
 from tests.reference import same_bits
 
@@ -228,10 +228,10 @@ def bundle_of(root, count: int, numel: int) -> tuple[Bundle, dict[str, torch.Ten
 
 
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("job_numel", [1, 500, expert._JOB_NUMEL])
+@pytest.mark.parametrize("job_numel", [1, 500, pieces._JOB_NUMEL])
 @pytest.mark.parametrize("dtype", [None, torch.float16])
 def test_an_expert_is_the_same_however_it_is_divided(tmp_path, monkeypatch, job_numel, dtype):
-    monkeypatch.setattr(expert, "_JOB_NUMEL", job_numel)
+    monkeypatch.setattr(pieces, "_JOB_NUMEL", job_numel)
     built, expected = bundle_of(tmp_path, 30, 60)
     with tallstore.open_bundle(built.seal()) as bundle:
         state = bundle.state_dict("t", dtype=dtype)
@@ -242,7 +242,7 @@ def test_an_expert_is_the_same_however_it_is_divided(tmp_path, monkeypatch, job_
 
 @pytest.mark.usefixtures("two_threads")
 def test_the_error_is_that_of_the_first_damaged_tensor(tmp_path, monkeypatch):
-    monkeypatch.setattr(expert, "_JOB_NUMEL", 1)
+    monkeypatch.setattr(pieces, "_JOB_NUMEL", 1)
     built, _ = bundle_of(tmp_path, 10, 4096)
     root = built.seal()
     (shard,) = (root / "tasks" / "t").glob("mask-*.safetensors")
