@@ -178,9 +178,10 @@ def test_a_rank_of_mpi_that_is_killed_ends_all_and_the_next_pack_succeeds(tmp_pa
 def ray_executor():
     """README's."""
     ray = pytest.importorskip("ray")
-    (shim,) = re.findall(
+    blocks = re.findall(
         r"^```py\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
     )
+    (shim,) = [block for block in blocks if "ray.remote" in block]
     shown = {"concurrent": concurrent, "ray": ray}
     exec(compile(shim, "README.md", "exec"), shown)  # noqa: S102 - that is what the test is for
     ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
