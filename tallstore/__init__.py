@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from tallstore.loading.model_weights import LoadResult
     from tallstore.loading.switching import Switcher
     from tallstore.packing import Comparison, PackReport, compare, pack
+    from tallstore.reporting.writing import write_report
     from tallstore.tuning import Calibration, train_masks
     from tallstore.verifying import Problem
 
@@ -124,6 +125,7 @@ __all__ = [
     "push",
     "train_masks",
     "verify",
+    "write_report",
 ]
 
 # Where the names are that are no errors. No module of the package has the name of a function: importing one would put
@@ -147,6 +149,7 @@ _HOMES: Final = {
     "train_masks": "tallstore.tuning",
     "Problem": "tallstore.verifying",
     "verify": "tallstore.hub.checking",
+    "write_report": "tallstore.hub.reporting",
 }
 
 
