@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from tallstore.loading.model_weights import LoadResult
     from tallstore.loading.switching import Switcher
     from tallstore.packing import Comparison, PackReport, compare, pack
+    from tallstore.progress import progress_bar
     from tallstore.reporting.writing import write_report
     from tallstore.tuning import Calibration, train_masks
     from tallstore.verifying import Problem
@@ -121,6 +122,7 @@ __all__ = [
     "compare",
     "open_bundle",
     "pack",
+    "progress_bar",
     "pull",
     "push",
     "train_masks",
@@ -144,6 +146,7 @@ _HOMES: Final = {
     "PackReport": "tallstore.packing",
     "compare": "tallstore.packing",
     "pack": "tallstore.packing",
+    "progress_bar": "tallstore.progress",
     "push": "tallstore.hub.pushing",
     "Calibration": "tallstore.tuning",
     "train_masks": "tallstore.tuning",

@@ -176,6 +176,8 @@ def _draw_profile(axes: Axes, shares: Sequence[float], palette: Palette) -> None
     if count <= _MOST_BARS:
         axes.bar_label(bars, [f"{100 * share:.1f}" for share in shares], padding=2, size=8)
         axes.set_xticks(range(count))
+    else:
+        axes.locator_params(axis="x", integer=True)
     axes.set_title("% of all weights")
     axes.set_xlabel("masks that claim a weight")
     axes.grid(axis="y", lw=0.6)
