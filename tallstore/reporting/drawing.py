@@ -170,6 +170,8 @@ def _embeddable(drawing: str, plot: Plot) -> str:
     rest = re.sub(r"<metadata>.*?</metadata>|<style\b.*?</style>", "", rest, flags=re.DOTALL)
     rest = re.sub(r'\bid="([^"]*)"', rf'id="{plot.name}-\1"', rest)
     rest = re.sub(r'((?:xlink:)?href="#|url\(#)', rf"\1{plot.name}-", rest)
+    # Matplotlib before 3.11 writes weight, size and families as one property.
+    rest = re.sub(r"font: (?:(\d+) )?([\d.]+px) [^;\"]*", _size_and_weight, rest)
     rest = re.sub(r"font-family: [^;\"]*; ?", "", rest)
     rest = rest.replace("xlink:href", "href")
     title, text = f"{plot.name}-title", f"{plot.name}-description"
@@ -178,6 +180,11 @@ def _embeddable(drawing: str, plot: Plot) -> str:
         f'<title id="{title}">{escape(plot.title)}</title><desc id="{text}">{escape(plot.description)}</desc>'
         f"{rest.strip()}"
     )
+
+
+def _size_and_weight(font: re.Match[str]) -> str:
+    weight, size = font.groups()
+    return f"font-size: {size}" if weight is None else f"font-weight: {weight}; font-size: {size}"
 
 
 def shown(name: str, longest: int = _LONGEST_NAME) -> str:

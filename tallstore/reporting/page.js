@@ -40,10 +40,10 @@
     });
   }
 
-  // Paper cannot be unfolded.
+  // Paper cannot be unfolded; tables of many pages stay as they are.
   let folded = [];
   addEventListener("beforeprint", () => {
-    folded = Array.from(document.querySelectorAll("details:not([open])"));
+    folded = Array.from(document.querySelectorAll("details:not([open]):not(:has(.tall))"));
     for (const each of folded) each.open = true;
   });
   addEventListener("afterprint", () => {

@@ -203,8 +203,11 @@ def test_without_scripts_everything_is_there_and_nothing_looks_like_a_button(sho
     assert page.locator("#table-overlap").count() == 1
 
 
-def test_on_paper_all_tables_are_open(show):
-    page = show()
+def test_paper_is_white_and_tables_on_it_are_open(show):
+    page = show(scheme="dark")
+    page.emulate_media(media="print")
+    colours = "[document.body, document.querySelector('pre')].map((each) => getComputedStyle(each).backgroundColor)"
+    assert page.evaluate(colours) == ["rgb(255, 255, 255)", "rgb(245, 246, 249)"]
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.locator("details:not([open])").count() == 0
     page.evaluate("dispatchEvent(new Event('afterprint'))")

@@ -102,7 +102,9 @@ def test_an_inline_plot_is_labelled_and_has_ids_of_its_own(plots):
     assert {element.get("id", "sizes-")[:6] for element in root.iter()} == {"sizes-"}
     assert root.get("width") is None
     assert "<style" not in drawing
-    assert "font-family" not in drawing
+    assert not re.search(r"font(-family)?:", drawing)
+    assert re.search(r"font-weight: (700|bold)", drawing)
+    assert drawing.count("font-size: 9.5px") > 5
 
 
 def test_a_title_of_an_inline_plot_is_escaped():
