@@ -55,13 +55,13 @@ if TYPE_CHECKING:
     from tallstore.hub.checking import verify
     from tallstore.hub.pulling import pull
     from tallstore.hub.pushing import push
+    from tallstore.hub.reporting import write_report
     from tallstore.inspecting.statistics import Statistics
     from tallstore.loading.bundle import Bundle, open_bundle
     from tallstore.loading.model_weights import LoadResult
     from tallstore.loading.switching import Switcher
     from tallstore.packing import Comparison, PackReport, compare, pack
     from tallstore.progress import progress_bar
-    from tallstore.reporting.writing import write_report
     from tallstore.tuning import Calibration, train_masks
     from tallstore.verifying import Problem
 

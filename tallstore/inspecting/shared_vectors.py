@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from tallstore.format import bits
 from tallstore.format.bits import Bytes
-from tallstore.format.bundle_files import BundleFiles, Group
+from tallstore.format.bundle_files import BundleFiles
 from tallstore.format.dtypes import chunk_count, chunk_span
 from tallstore.format.encodings import LOG4_VALUES, as_float32
 from tallstore.format.manifest import Role, SharedDtype, Vector
+from tallstore.format.owners import Group
 from tallstore.format.payloads import Shape, row_count, vector_step_of, vector_values_of
 from tallstore.meter import Meter, Progress
 

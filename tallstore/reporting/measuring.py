@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from tallstore.format.bundle_files import BundleFiles
 from tallstore.inspecting.shared_vectors import VectorStatistics, measure_vectors, vectors_nbytes
@@ -29,6 +27,12 @@ class Measured:
     vectors: tuple[VectorStatistics, ...]
 
     @property
+    def name(self) -> str:
+        """What to call the bundle: its directory's name, or its id on the Hub and the commit."""
+        summary = self.summary
+        return summary.path.resolve().name if summary.where == str(summary.path) else summary.where
+
+    @property
     def not_fetched(self) -> tuple[str, ...]:
         """Tasks whose files are not here."""
         return tuple(task.name for task in self.summary.tasks if not task.fetched)
@@ -39,27 +43,26 @@ class Measured:
         return tuple(task.name for task in self.summary.tasks if task.unreadable is not None)
 
 
-def measure(path: Path, progress: Progress | None = None) -> Measured:
-    """Measure the bundle at *path*.
+def measure(files: BundleFiles, progress: Progress | None = None) -> Measured:
+    """Measure a bundle, as far as its files are here.
 
     Args:
-        path: its directory.
+        files: its files.
         progress: is told bytes done, and in all: of masks, then of shared vectors.
 
     Cost:
         reads every table, every mask and every shared vector once.
 
     Raises:
-        BundleNotFoundError, FormatError, IntegrityError: as `summarise`, `measure_masks` and `measure_vectors`.
+        FormatError, IntegrityError: as `summarise`, `measure_masks` and `measure_vectors`.
     """
-    summary = summarise(path)
+    summary = summarise(files.root, files.where if files.brings else None)
     here = [task for task in summary.tasks if task.fetched and task.unreadable is None]
     used = {task.group for task in here}
     groups = [group.id for group in summary.groups if group.id in used]
-    with contextlib.closing(BundleFiles(path)) as files:
-        first, second = _in_turn(progress, vectors_nbytes(files, groups))
-        masks = measure_masks(files, [task.name for task in here], first) if here else None
-        vectors = measure_vectors(files, groups, second)
+    first, second = _in_turn(progress, vectors_nbytes(files, groups))
+    masks = measure_masks(files, [task.name for task in here], first) if here else None
+    vectors = measure_vectors(files, groups, second)
     return Measured(summary, masks, vectors)
 
 

@@ -36,7 +36,7 @@ def render(measured: Measured) -> str:
         MissingExtraError: matplotlib is not installed.
     """
     plots = {plot.name: plot for plot in plots_of(measured)}
-    title = f"{measured.summary.path.resolve().name}: {several(len(measured.summary.tasks), 'expert')} in one bundle"
+    title = f"{measured.name}: {several(len(measured.summary.tasks), 'expert')} in one bundle"
     sections = list(_sections(measured, plots))
     style, script = _resource("page.css"), _resource("page.js")
     head = tag(
@@ -54,7 +54,7 @@ def render(measured: Measured) -> str:
     body = tag(
         "body",
         tag("a", "Skip to the content", class_="skip", href="#content"),
-        _header(measured.summary),
+        _header(measured),
         tag("nav", tag("ul", *contents), aria_label="Contents"),
         tag("main", *_notices(measured), *(_section(*section) for section in sections), id="content", tabindex="-1"),
         _footer(measured.summary),
@@ -80,12 +80,14 @@ def _policy(script: str) -> str:
 # --- around the sections ----------------------------------------------------------------------------------------------
 
 
-def _header(summary: BundleSummary) -> Markup:
-    base = summary.base
+def _header(measured: Measured) -> Markup:
+    summary, base = measured.summary, measured.summary.base
     revision = "" if base.revision is None else f"@{base.revision[:_SHORT_HASH]}"
     of = name(base.repo_id + revision) if base.repo_id else "one base"
     place = "which is in the bundle" if base.embedded else "which is not in the bundle"
-    size = f"{count(base.parameters)} parameters in {several(base.tensors, 'tensor')}"
+    size = ""
+    if base.parameters is not None and base.tensors is not None:
+        size = f" ({count(base.parameters)} parameters in {several(base.tensors, 'tensor')})"
     tiles = [
         (f"{len(summary.tasks):,}", "expert" if len(summary.tasks) == 1 else "experts"),
         (readable(summary.nbytes), "the whole bundle"),
@@ -104,8 +106,8 @@ def _header(summary: BundleSummary) -> Markup:
     return tag(
         "header",
         tag("p", "A tallstore bundle", class_="kind"),
-        tag("h1", name(summary.path.resolve().name)),
-        tag("p", f"{several(len(summary.tasks), 'expert')} of ", of, f" ({size}), {place}."),
+        tag("h1", name(measured.name)),
+        tag("p", f"{several(len(summary.tasks), 'expert')} of ", of, f"{size}, {place}."),
         tag("dl", *(tag("div", tag("dt", label), tag("dd", value)) for value, label in tiles), class_="tiles"),
     )
 
@@ -254,7 +256,7 @@ def _use(measured: Measured) -> Markup:
     base = "" if summary.base.embedded or summary.base.repo_id else ', base="path/to/the/base"'
     code = (
         "import tallstore\n\n"
-        f"with tallstore.open_bundle({summary.path.resolve().name!r}{base}) as bundle:\n"
+        f"with tallstore.open_bundle({measured.name!r}{base}) as bundle:\n"
         f"    weights = bundle.state_dict({task!r})  # a state dict, rebuilt when it is asked for\n"
         f"    bundle.load_into(model, {task!r})  # or into a model, in place"
     )

@@ -78,7 +78,7 @@ def _draw_both(axes: Axes, summary: BundleSummary, parts: Sequence[Part], palett
     experts = [task.checkpoint_nbytes or 0 for task in summary.weighed]
     if len(experts) > _MOST_SEGMENTS:
         experts = [sum(experts)]
-    base = summary.base.checkpoint_nbytes if summary.base.embedded else 0
+    base = (summary.base.checkpoint_nbytes or 0) if summary.base.embedded else 0
     _draw_bar(axes, 1, [(size, palette.third) for size in (base, *experts)], palette)
     most, small = summary.checkpoints_nbytes, summary.weighed_nbytes
     absent = summary.nbytes - small  # tasks whose checkpoints' sizes are not known stand in the lower bar alone

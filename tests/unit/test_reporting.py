@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import re
 import shutil
@@ -20,6 +21,7 @@ from tallstore.errors import (
     OutputExistsError,
     OutputInsideInputError,
 )
+from tallstore.format.bundle_files import BundleFiles
 from tallstore.inspecting.shared_vectors import LEVELS
 from tallstore.inspecting.summary import summarise
 from tallstore.reporting import tables
@@ -121,7 +123,8 @@ def test_masks_are_those_of_statistics(bundle, page):
 
 
 def test_shared_vectors_are_those_that_were_measured(bundle, page):
-    vectors = measure(bundle).vectors
+    with contextlib.closing(BundleFiles(bundle)) as files:
+        vectors = measure(files).vectors
     numel = sum(vector.numel for vector in vectors)
     assert page.values("groups", "values") == [numel]
     assert page.values("groups", "largest") == [max(vector.largest for vector in vectors)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 from xml.etree import ElementTree as ET
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 import tallstore
+from tallstore.format.bundle_files import BundleFiles
 from tallstore.reporting.drawing import LIGHT, Plot, heat, shown, shown_tensor
 from tallstore.reporting.mask_plots import classes
 from tallstore.reporting.measuring import measure
@@ -27,7 +29,8 @@ def measured(tmp_path_factory):
     experts = dict(zip(["$x_1$ & <b>", "two", "drei 日本 🙂"], experts_of(base).values(), strict=True))
     root = tmp_path_factory.mktemp("packed") / "bundle"
     tallstore.pack(base, experts, root, method=tallstore.Emr("published"))
-    return measure(root)
+    with contextlib.closing(BundleFiles(root)) as files:
+        return measure(files)
 
 
 @pytest.fixture(scope="module")
