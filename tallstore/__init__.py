@@ -55,11 +55,13 @@ if TYPE_CHECKING:
     from tallstore.hub.checking import verify
     from tallstore.hub.pulling import pull
     from tallstore.hub.pushing import push
+    from tallstore.hub.reporting import write_report
     from tallstore.inspecting.statistics import Statistics
     from tallstore.loading.bundle import Bundle, open_bundle
     from tallstore.loading.model_weights import LoadResult
     from tallstore.loading.switching import Switcher
     from tallstore.packing import Comparison, PackReport, compare, pack
+    from tallstore.progress import progress_bar
     from tallstore.tuning import Calibration, train_masks
     from tallstore.verifying import Problem
 
@@ -120,10 +122,12 @@ __all__ = [
     "compare",
     "open_bundle",
     "pack",
+    "progress_bar",
     "pull",
     "push",
     "train_masks",
     "verify",
+    "write_report",
 ]
 
 # Where the names are that are no errors. No module of the package has the name of a function: importing one would put
@@ -142,11 +146,13 @@ _HOMES: Final = {
     "PackReport": "tallstore.packing",
     "compare": "tallstore.packing",
     "pack": "tallstore.packing",
+    "progress_bar": "tallstore.progress",
     "push": "tallstore.hub.pushing",
     "Calibration": "tallstore.tuning",
     "train_masks": "tallstore.tuning",
     "Problem": "tallstore.verifying",
     "verify": "tallstore.hub.checking",
+    "write_report": "tallstore.hub.reporting",
 }
 
 

@@ -42,8 +42,13 @@ Messages are one line: where, what is wrong, and what to do about it.
 from __future__ import annotations
 
 import difflib
+import itertools
+import traceback
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
+
+_PACKAGE: Final = Path(__file__).parent
 
 
 class TallstoreError(Exception):
@@ -52,6 +57,16 @@ class TallstoreError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         """Not by the arguments of the class, of which the message was made."""
         return _restored, (type(self), self.args, self.__dict__)
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows instead of every frame: the caller's own line, and what is wrong."""
+        frames = itertools.takewhile(_is_outside, traceback.extract_tb(self.__traceback__))
+        lines = [f"line {frame.lineno}: {frame.line}" for frame in list(frames)[-1:] if frame.line]
+        return [*lines, f"{type(self).__name__}: {self}"]
+
+
+def _is_outside(frame: traceback.FrameSummary) -> bool:
+    return _PACKAGE not in Path(frame.filename).parents
 
 
 def _restored(kind: type[TallstoreError], args: tuple[object, ...], state: dict[str, object]) -> TallstoreError:

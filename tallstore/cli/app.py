@@ -24,6 +24,7 @@ from tallstore.cli.commands import (
     pack,
     pull,
     push,
+    report,
     statistics,
     stitch,
     verify,
@@ -177,6 +178,7 @@ def _add(command: Callable[..., None], usage: str, examples: str) -> None:
 _add(pack.pack, pack.USAGE, pack.EXAMPLES)
 _add(inspect.inspect, inspect.USAGE, inspect.EXAMPLES)
 _add(statistics.statistics, statistics.USAGE, statistics.EXAMPLES)
+_add(report.report, report.USAGE, report.EXAMPLES)
 _add(verify.verify, verify.USAGE, verify.EXAMPLES)
 _add(export.export, export.USAGE, export.EXAMPLES)
 _add(compare.compare, compare.USAGE, compare.EXAMPLES)

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tallstore.sizes import count, several
+
+__all__ = ["NOTHING", "count", "listed", "number", "percent", "several", "significant", "spread"]
+
 NOTHING = "–"
 _SHOWN_NAMES = 3
-
-
-def count(number: int) -> str:
-    """A number of parameters, such as ``"22.6 M"``."""
-    value = float(number)
-    for unit in ("", " k", " M", " G"):
-        if value < 1000:
-            return f"{value:.0f}" if not unit else f"{value:.1f}{unit}"
-        value /= 1000
-    return f"{value:.1f} T"
 
 
 def number(value: float | None, digits: int) -> str:
@@ -31,11 +25,6 @@ def significant(value: float | None) -> str:
 def percent(share: float | None) -> str:
     """A share of a whole: ``"12.3 %"``."""
     return NOTHING if share is None else f"{100 * share:.1f} %"
-
-
-def several(count: int, noun: str) -> str:
-    """So many of a thing: ``"1 task"``, ``"3 tasks"``."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def listed(names: Sequence[str]) -> str:

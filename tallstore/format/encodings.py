@@ -113,7 +113,7 @@ def _steps(chunk: Bytes, numel: int, where: str) -> None:
 
 def _shared_float(dtype: str) -> Check:
     def check(chunk: Bytes, _numel: int, where: str) -> None:
-        values = _as_float32(chunk, dtype)
+        values = as_float32(chunk, dtype)
         magnitude = np.abs(values)
         negative_zero = (values == 0) & np.signbit(values)
         sound = np.isfinite(values) & ~negative_zero & ((magnitude == 0) | (magnitude >= SMALLEST))
@@ -123,7 +123,8 @@ def _shared_float(dtype: str) -> Check:
     return check
 
 
-def _as_float32(chunk: Bytes, dtype: str) -> NDArray[np.float32]:
+def as_float32(chunk: Bytes, dtype: str) -> NDArray[np.float32]:
+    """The values of a chunk of shared floats: float32 [numel]."""
     if dtype == "BF16":  # the upper half of a float32
         return (chunk.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
     return chunk.view({"F16": "<f2", "F32": "<f4"}[dtype]).astype(np.float32)

@@ -174,11 +174,14 @@ class BundleSummary:
         return (base_nbytes or 0) + sum(task.checkpoint_nbytes or 0 for task in self.weighed)
 
     @property
+    def weighed_nbytes(self) -> int:
+        """The bundle without the tasks that are not `weighed`: what stands against `checkpoints_nbytes`."""
+        return self.nbytes - self.tasks_nbytes + sum(task.nbytes for task in self.weighed)
+
+    @property
     def ratio(self) -> float | None:
         """How many times smaller the bundle is than `checkpoints_nbytes`; None where no task is weighed."""
-        weighed = self.weighed
-        others = self.tasks_nbytes - sum(task.nbytes for task in weighed)
-        return self.checkpoints_nbytes / max(1, self.nbytes - others) if weighed else None
+        return self.checkpoints_nbytes / max(1, self.weighed_nbytes) if self.weighed else None
 
     def to_dict(self) -> dict[str, Any]:
         """The summary as plain JSON types."""

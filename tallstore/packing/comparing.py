@@ -16,6 +16,7 @@ from tallstore.errors import OptionError
 from tallstore.fit import Auto, Emr, LeastSquares, Localize, Method, Sign, SignedMask, TallMask, Uniform, described
 from tallstore.loading import parallel
 from tallstore.meter import Meter, Progress
+from tallstore.notebook import html_table, number
 from tallstore.packing.arguments import check_arguments, open_expert, open_merged
 from tallstore.packing.job import Fitting, Job, Options
 from tallstore.packing.packer import Evaluate, pack
@@ -122,6 +123,23 @@ class Comparison:
             size = readable(row.bundle_nbytes)
             lines.append(f"{star} {described(row.method)}: {size}, {bits}cosine {row.mean_cosine:.4f}{score}")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """The same as a table, for notebooks: those that no other beats bear a star."""
+        has_scores = any(row.score for row in self.rows)
+        headings = ("method", "size", "bits", "mean cosine", *(["mean score"] if has_scores else []))
+        rows = [
+            (
+                f"{'* ' if row.is_best else ''}{described(row.method)}",
+                readable(row.bundle_nbytes),
+                number(row.bits, 2),
+                number(row.mean_cosine, 4),
+                *([number(row.mean_score, 4)] if has_scores else []),
+            )
+            for row in self.rows
+        ]
+        fact = f"{readable(self.checkpoints_nbytes)} of checkpoints"
+        return html_table([fact], headings, rows, ["* no other is both smaller and truer"])
 
 
 def compare(

@@ -88,6 +88,20 @@ def test_inspect_of_a_task_downloads_its_tables(running, run, repo_id):
     assert downloaded(running) == ["base.json", "groups/g0001/group.json", layout.MANIFEST, "tasks/task2/task.json"]
 
 
+def test_report_downloads_all_but_the_base_and_companions(running, run, repo_id, bundle, tmp_path):
+    out = tmp_path / "report.html"
+    printed, _ = run("report", repo_id, "--out", out)
+    assert printed.startswith(f"reported {repo_id} in {out}: ")
+    others = ("README.md", ".gitattributes")
+    assert downloaded(running) == sorted(
+        path for path in contents(bundle) if not path.startswith(("base/", "files/")) and path not in others
+    )
+    sha = running.repositories[repo_id].refs["refs/heads/main"]
+    remote = out.read_text(encoding="utf-8").replace(f"{repo_id}@{sha[:12]}", "bundle")
+    tallstore.write_report(bundle, tmp_path / "local.html")
+    assert remote == (tmp_path / "local.html").read_text(encoding="utf-8")
+
+
 def test_pull_says_what_is_where(running, run, repo_id, bundle, tmp_path):
     printed, _ = run("pull", repo_id, "--task", "task1", "--out", tmp_path / "out")
     assert printed.startswith(f"{tmp_path / 'out'}: ")

@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+import tallstore
 from tallstore import errors
 from tallstore.errors import (
     BaseMismatchError,
@@ -104,3 +105,15 @@ def test_errors_can_be_pickled(error):
     back = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
     assert type(back) is type(error)
     assert (str(back), back.args, vars(back)) == (str(error), error.args, vars(error))
+
+
+def test_a_notebook_shows_the_callers_line_and_the_message(tmp_path):
+    """Of IPython's hook: its frames are those of a cell, and of the library below it."""
+    with pytest.raises(tallstore.BundleNotFoundError) as caught:
+        tallstore.open_bundle(tmp_path)
+    line = test_a_notebook_shows_the_callers_line_and_the_message.__code__.co_firstlineno + 3
+    assert caught.value._render_traceback_() == [
+        f"line {line}: tallstore.open_bundle(tmp_path)",
+        f"BundleNotFoundError: {tmp_path}: there is no bundle (no tallstore.json); check the path",
+    ]
+    assert OptionError("k is 0")._render_traceback_() == ["OptionError: k is 0"]

@@ -47,6 +47,7 @@ def test_an_error_and_the_version_import_no_torch():
         (["pack", "--base"], {"msgspec", "pydantic"}),
         (["inspect", "nothing"], {"numpy", "pydantic"}),
         (["statistics", "nothing"], {"pydantic"}),
+        (["report", "nothing", "--out", "page"], {"pydantic", "pandas"}),
         (["verify", "nothing"], {"pydantic"}),
     ],
 )

@@ -26,7 +26,17 @@ def test_the_names_are_these():
     classes = set(tallstore.__all__) - functions - set(error_names())
     methods = {"Auto", "Emr", "LeastSquares", "Localize", "Sign", "SignedMask", "TallMask", "Uniform"}
     results = {"Comparison", "LoadResult", "PackReport", "Problem", "Statistics"}
-    assert functions == {"compare", "open_bundle", "pack", "pull", "push", "train_masks", "verify"}
+    assert functions == {
+        "compare",
+        "open_bundle",
+        "pack",
+        "progress_bar",
+        "pull",
+        "push",
+        "train_masks",
+        "verify",
+        "write_report",
+    }
     assert classes == {"Bundle", "Calibration", "Switcher", *methods, *results}
 
 

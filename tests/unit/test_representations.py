@@ -13,10 +13,12 @@ import pytest
 import torch
 
 import tallstore
+from tallstore.fit import described
 from tallstore.format.layout import task_directory, task_table
 from tallstore.format.manifest import FileEntry, TaskEntry
 from tallstore.inspecting.summary import summarise
 from tallstore.notebook import MAX_ROWS
+from tallstore.packing.comparing import Compared, Comparison
 from tests.bundle_builder import Bundle, Group, Task
 from tests.packing_cases import base_model, experts_of
 
@@ -228,6 +230,26 @@ def test_a_report_of_a_thousand_tasks_stays_short(packed):
     assert str(many).splitlines()[-1] == f"  and {1000 - MAX_ROWS} more in report.tasks"
     assert len(str(many).splitlines()) == 1 + MAX_ROWS + 1
     assert len(many.to_dict()["tasks"]) == 1000
+
+
+# --- a comparison -----------------------------------------------------------------------------------------------------
+
+
+def test_a_comparison_as_html_holds_its_rows_and_stars():
+    def row(method, nbytes, cosine, **more):
+        return Compared(method, nbytes, 1.5, {"a": cosine, "b": None}, {"a": 1.0, "b": None}, **more)
+
+    rows = (row(tallstore.SignedMask(), 20_000, 0.5, is_best=True), row(tallstore.Sign(), 30_000, 0.25))
+    page = Page(Comparison(rows, 400_000)._repr_html_())
+    assert page.lines == ["400.0 kB of checkpoints", "* no other is both smaller and truer"]
+    assert page.rows == [
+        ["method", "size", "bits", "mean cosine"],
+        [f"* {described(rows[0].method)}", "20.0 kB", "1.50", "0.7500"],
+        [described(rows[1].method), "30.0 kB", "1.50", "0.6250"],
+    ]
+    scored = dataclasses.replace(rows[0], score={"a": 0.5, "b": 0.75})
+    page = Page(Comparison((scored, rows[1]), 400_000)._repr_html_())
+    assert [cells[-1] for cells in page.rows] == ["mean score", "0.6250", "–"]
 
 
 # --- a page -----------------------------------------------------------------------------------------------------------
