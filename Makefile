@@ -12,6 +12,8 @@ ARGS   ?=
 
 VENV := .venv
 BIN  := $(VENV)/bin
+# A process a core, each file of tests in one: files share what is costly to make.
+PYTEST := $(BIN)/pytest --numprocesses=auto --dist=loadfile
 PIP  := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .PHONY: help
@@ -43,15 +45,15 @@ demo: $(VENV)/demo.stamp ## train six experts, pack them, load and score them (O
 
 .PHONY: test
 test: $(VENV)/dev.stamp ## the tests, without the slow ones
-	$(BIN)/pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 .PHONY: test-all
 test-all: $(VENV)/dev.stamp ## all tests
-	$(BIN)/pytest -m 'slow or not slow' $(ARGS)
+	$(PYTEST) -m 'slow or not slow' $(ARGS)
 
 .PHONY: check
 check: lint ## what CI runs: lint, types, layers, vectors, tests with coverage
-	$(BIN)/pytest --cov --cov-report=term $(ARGS)
+	$(PYTEST) --cov --cov-report=term $(ARGS)
 
 .PHONY: lint
 lint: $(VENV)/dev.stamp ## formatting, lint, types, layers, and whether vectors and schemas are current

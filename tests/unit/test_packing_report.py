@@ -27,7 +27,7 @@ def nbytes(state):
 # --- sizes ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"embed_base": True}, {"evaluate": lambda *_: 0.123456789}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"embed_base": True}, {"evaluate": lambda *_: 0.123456789}], ids=" ".join)
 def test_sizes_are_those_of_the_files(tmp_path, options):
     base = base_model()
     experts = experts_of(base)

@@ -16,6 +16,9 @@ from tests.hub.loopback.wire import Answer, DropError, RefusalError, Request
 class Fault:
     """What happens to a request that it is injected for: nothing, unless a subclass says more."""
 
+    def __repr__(self) -> str:
+        return type(self).__name__  # the name of a test, the same in every process
+
     def before(self, request: Request) -> None:
         """Act before the request is carried out; may raise RefusalError or DropError instead of it."""
 
