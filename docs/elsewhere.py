@@ -1,7 +1,8 @@
 """A hook of mkdocs: the site shows pages that live elsewhere in the repository, and nothing is copied.
 
 Whole pages are at the paths that they have in the repository, so that their links hold. Parts of README.md stand where
-a page says ``<!-- README.md: Heading -->``, what the command line says of itself at ``<!-- commands -->``. A link to what the repository has and the site does not is left as its text.
+a page says ``<!-- README.md: Heading -->``, what the command line says of itself at ``<!-- commands -->``. A link to
+what the repository has and the site does not is left as its text.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ def _part(path: str, heading: str, here: str) -> str:
     found = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
     if found is None:
         raise PluginError(f"{path} has no heading {heading!r}")
-    return _LINK.sub(lambda link: f"[{link[1]}]({_rebased(link[2], posixpath.dirname(path), here)}{link[3] or ''})", found[1])
+    return _LINK.sub(
+        lambda link: f"[{link[1]}]({_rebased(link[2], posixpath.dirname(path), here)}{link[3] or ''})", found[1]
+    )
 
 
 def _rebased(target: str, old: str, new: str) -> str:
