@@ -82,5 +82,5 @@ def _commands() -> str:
 
 
 def _help(command: str) -> str:
-    environment = {"COLUMNS": "100", "NO_COLOR": "1"}
+    environment = {"COLUMNS": "90", "NO_COLOR": "1"}
     return CliRunner().invoke(app, [command, "--help"], env=environment, prog_name="tallstore").stdout
