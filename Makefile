@@ -34,7 +34,7 @@ $(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
-	$(PIP) --editable '.[dev,demo]'
+	$(PIP) --editable '.[dev,demo,docs]'
 	@touch $@ $(VENV)/demo.stamp
 
 # ---- what people run
@@ -74,7 +74,11 @@ vectors: $(VENV)/dev.stamp ## write the specification's vectors and schemas anew
 	$(BIN)/python spec/make_vectors.py
 	$(BIN)/python spec/make_schema.py
 
+.PHONY: docs
+docs: $(VENV)/dev.stamp ## the documentation's site, in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 .PHONY: clean
 clean: ## remove the environment and everything that was made
-	rm -rf $(VENV) build dist '$(OUT)' htmlcov .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site '$(OUT)' htmlcov .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find tallstore tests spec benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +

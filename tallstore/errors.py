@@ -1,40 +1,40 @@
 """Every error that tallstore raises on purpose.
 
-TallstoreError
-├── FormatError                 a bundle breaks a rule of the specification
-│   ├── IntegrityError          bytes are not the ones that were written
-│   ├── UnsupportedVersionError a format version that this reader does not read
-│   └── UnsupportedFeatureError a required feature that this reader does not have
-├── BaseError                   the base that an expert is rebuilt on
-│   ├── BaseMissingError        none is embedded, referred to, or given
-│   └── BaseMismatchError       not the base that the bundle was packed from
-├── UnknownNameError            (also a KeyError)
-│   ├── UnknownTaskError
-│   └── UnknownTensorError
-├── NotFetchedError             a task of the bundle whose files are not here
-├── BundleNotFoundError         no bundle at that path, or of that id on the Hub
-├── HubError                    the Hub refuses, or cannot be reached
-│   ├── HubAccessError          no token, or one that may not do that
-│   └── HubConflictError        somebody else pushed in the meantime
-├── CardError                   the model card, README.md, that cannot be read or is refused
-├── InputError                  a checkpoint that cannot be packed
-│   ├── CheckpointNotFoundError
-│   ├── DamagedCheckpointError  truncated, or no tensor file at all
-│   ├── UnsafeCheckpointError   a pickle that holds more than plain weights
-│   ├── QuantizedCheckpointError
-│   ├── AdapterCheckpointError  a PEFT adapter that was not merged
-│   ├── NameMismatchError       base and expert have no tensor name in common
-│   ├── NonFiniteError          NaN or infinity where weights would be coded
-│   └── TooFewExpertsError
-├── OptionError                 (also a ValueError) an argument outside its range
-├── TooLargeError               (also a MemoryError) more than the machine has memory for
-├── SwitchError                 a model that is neither of two experts
-├── MissingExtraError           (also an ImportError) a library that only an extra installs
-├── WorkerError                 work that was given to an executor did not come back
-└── OutputError                 the place to write to
-    ├── OutputExistsError
-    ├── OutputInsideInputError
-    └── OutputBusyError         another process is writing there
+    TallstoreError
+    ├── FormatError                 a bundle breaks a rule of the specification
+    │   ├── IntegrityError          bytes are not the ones that were written
+    │   ├── UnsupportedVersionError a format version that this reader does not read
+    │   └── UnsupportedFeatureError a required feature that this reader does not have
+    ├── BaseError                   the base that an expert is rebuilt on
+    │   ├── BaseMissingError        none is embedded, referred to, or given
+    │   └── BaseMismatchError       not the base that the bundle was packed from
+    ├── UnknownNameError            (also a KeyError)
+    │   ├── UnknownTaskError
+    │   └── UnknownTensorError
+    ├── NotFetchedError             a task of the bundle whose files are not here
+    ├── BundleNotFoundError         no bundle at that path, or of that id on the Hub
+    ├── HubError                    the Hub refuses, or cannot be reached
+    │   ├── HubAccessError          no token, or one that may not do that
+    │   └── HubConflictError        somebody else pushed in the meantime
+    ├── CardError                   the model card, README.md, that cannot be read or is refused
+    ├── InputError                  a checkpoint that cannot be packed
+    │   ├── CheckpointNotFoundError
+    │   ├── DamagedCheckpointError  truncated, or no tensor file at all
+    │   ├── UnsafeCheckpointError   a pickle that holds more than plain weights
+    │   ├── QuantizedCheckpointError
+    │   ├── AdapterCheckpointError  a PEFT adapter that was not merged
+    │   ├── NameMismatchError       base and expert have no tensor name in common
+    │   ├── NonFiniteError          NaN or infinity where weights would be coded
+    │   └── TooFewExpertsError
+    ├── OptionError                 (also a ValueError) an argument outside its range
+    ├── TooLargeError               (also a MemoryError) more than the machine has memory for
+    ├── SwitchError                 a model that is neither of two experts
+    ├── MissingExtraError           (also an ImportError) a library that only an extra installs
+    ├── WorkerError                 work that was given to an executor did not come back
+    └── OutputError                 the place to write to
+        ├── OutputExistsError
+        ├── OutputInsideInputError
+        └── OutputBusyError         another process is writing there
 
 Messages are one line: where, what is wrong, and what to do about it.
 """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import shlex
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -13,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tallstore
-from tallstore.cli.app import app, main
+from tallstore.cli.app import app
+from tests.documents import ROOT, blocks, commands, run_command
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
 PICTURE = ROOT / "spec" / "format.svg"
@@ -48,50 +47,40 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def blocks(language):
-    """README's blocks of one language."""
-    found = re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    assert found, f"README has no block of {language}"
-    return found
-
-
 def picture():
     """The root of the picture's XML."""
     return ET.fromstring(PICTURE.read_text(encoding="utf-8"))  # noqa: S314 - it is ours
 
 
-def run(command):
-    """One of README's commands, as `tallstore` would run it."""
-    program, *arguments = shlex.split(command, comments=True)
-    assert program == "tallstore"
-    assert main(arguments) == 0, command
-
-
 def test_the_python_of_the_readme_runs(folder, capsys):
     model = Encoder()
     before = model.encoder.layer[0].output.dense.weight.clone()
-    for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), {"model": model})  # noqa: S102 - that is what the test is for
+    shown = blocks(README, "python")
+    assert shown
+    for block in shown:
+        exec(compile(block.code, "README.md", "exec"), {"model": model})  # noqa: S102 - that is what the test is for
     assert "packed 2 tasks" in capsys.readouterr().out
     assert not torch.equal(model.encoder.layer[0].output.dense.weight, before)
 
 
 def test_the_commands_of_the_readme_run(folder):
-    (experts,) = blocks("toml")
-    (folder / "experts.toml").write_text(experts, encoding="utf-8")
-    commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("tallstore")]
-    assert len(commands) >= 5
-    for command in commands:
-        run(command)
+    (experts,) = blocks(README, "toml")
+    (folder / "experts.toml").write_text(experts.code, encoding="utf-8")
+    shown = [command for block in blocks(README, "sh") for command in commands(block)]
+    assert len(shown) >= 5
+    for command in shown:
+        run_command(command)
     assert load_file(folder / "spam-again" / "model.safetensors").keys() == {WEIGHT}
 
 
 def test_every_command_is_in_the_readme():
-    commands = {command.name or command.callback.__name__ for command in app.registered_commands}
-    assert {"pack", "inspect", "verify", "export", "demo"} <= commands
-    shown = set(re.findall(r"^tallstore ([a-z-]+)", "\n".join(blocks("sh")), re.MULTILINE))
+    known = {command.name or command.callback.__name__ for command in app.registered_commands}
+    assert {"pack", "inspect", "verify", "export", "demo"} <= known
+    shown = set(
+        re.findall(r"^tallstore ([a-z-]+)", "\n".join(block.code for block in blocks(README, "sh")), re.MULTILINE)
+    )
     mentioned = set(re.findall(r"`tallstore ([a-z-]+)", README))
-    assert commands - shown - mentioned == set()
+    assert known - shown - mentioned == set()
 
 
 def test_every_method_is_in_the_table_of_methods():

@@ -35,8 +35,8 @@ def test_every_error_is_a_tallstore_error_and_described():
 def test_the_tree_in_the_docstring_is_the_tree():
     drawn = {}
     parents = ["TallstoreError"]
-    for line in errors.__doc__.splitlines():
-        if found := re.match(r"([│ ├└─]*)(\w+Error)\b", line):
+    for line in inspect.getdoc(errors).splitlines():
+        if found := re.match(r"    ([│ ├└─]*)(\w+Error)\b", line):
             depth = len(found[1]) // 4
             parents[depth:] = [found[2]]
             drawn[found[2]] = parents[depth - 1] if depth else "Exception"
