@@ -26,7 +26,10 @@ _SHORTEST_ROW = 64  # elements; a scale and a step a row would cost a bit a para
 _LONGEST_WHOLE_ROW = 1 << 22  # longer rows are streamed in pieces
 _KEPT_NBYTES = 128 << 20  # task vectors up to this size are kept between passes instead of read again
 _FIRST_LOOK_NUMEL = 1 << 10
-_EXAMINED_NUMEL = 1 << 16
+_EXAMINED_NUMEL = 1 << 18
+
+#: Elements of the base, and of an expert, in a range of one tensor.
+_Read = Callable[[int, int], tuple[Tensor, Tensor]]
 
 
 def is_merged(given: Checkpoint, base: Checkpoint, name: str) -> bool:
@@ -113,7 +116,12 @@ def examine(base: Checkpoint, base_name: str, part: Part, room: Room | None = No
     Raises:
         NonFiniteError: it would be coded, and has NaN or infinity.
     """
-    if _is_same(base, base_name, part):
+
+    @functools.lru_cache(maxsize=1)  # what was looked at first is most often all there is
+    def read(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        return base.read(base_name, start, stop), part.expert.checkpoint.read(part.name, start, stop)
+
+    if _is_same(part, read):
         return Examined(part, is_same=True)
     if part.whole_because is not None:
         return Examined(part)
@@ -124,8 +132,8 @@ def examine(base: Checkpoint, base_name: str, part: Part, room: Room | None = No
     magnitudes = torch.zeros_like(squares)
     kept, codes = (None, None) if room is None else (room.task_vector, room.codes)
     for start, stop in row_pieces(part.numel, row_length):
-        reference, finetuned = base.read(base_name, start, stop), part.expert.checkpoint.read(part.name, start, stop)
-        # In bits that stay in the cache, of whole rows where rows are no longer than a piece.
+        reference, finetuned = read(start, stop)
+        # In bits that stay near the cache, of whole rows where rows are no longer than a piece.
         step = max(1, _EXAMINED_NUMEL // row_length) * row_length
         for begin in range(0, stop - start, step):
             end = min(begin + step, stop - start)
@@ -201,22 +209,22 @@ def trimmable_chunks(base: Checkpoint, base_name: str, part: Part) -> Iterator[T
         yield torch.nan_to_num_(vector, nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _is_same(base: Checkpoint, base_name: str, part: Part) -> bool:
+def _is_same(part: Part, read: _Read) -> bool:
     spec, base_spec = part.spec, part.base_spec
     castable = spec.dtype in CODED and base_spec.dtype in CODED
     if part.is_resized and (part.numel == 0 or part.whole_because is not None):
         return False
     if spec.dtype != base_spec.dtype and not castable:
         return False
-    start = 0
-    while start < part.numel:  # most tensors differ early on
-        stop = min(start + CHUNK_NUMEL if start else _FIRST_LOOK_NUMEL, part.numel)
-        ours = part.expert.checkpoint.read(part.name, start, stop)
-        theirs = cast(base.read(base_name, start, stop), ours.dtype)
-        # numpy compares bytes many times faster than torch.
-        if not np.array_equal(ours.view(torch.uint8).numpy(), theirs.view(torch.uint8).numpy()):
-            return False
-        start = stop
+    for start in range(0, part.numel, CHUNK_NUMEL):
+        theirs, ours = read(start, min(start + CHUNK_NUMEL, part.numel))
+        first = 0
+        for last in (_FIRST_LOOK_NUMEL, len(ours)):  # most tensors differ early on
+            expected = cast(theirs[first:last], ours.dtype)
+            # numpy compares bytes many times faster than torch.
+            if not np.array_equal(ours[first:last].view(torch.uint8).numpy(), expected.view(torch.uint8).numpy()):
+                return False
+            first = last
     return True
 
 

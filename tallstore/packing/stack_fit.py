@@ -212,8 +212,10 @@ class StackFit:
             total = wide
             if centre is not None:  # added where something else is
                 total = total + select(exceeds(delta.abs(), 0.0), centre)
-            rebuilt = cast(total + delta, result_dtype(self.stack.parts[position]))
-            step = (rebuilt if rebuilt.dtype is torch.float64 else rebuilt.float()) - wide
+            total = delta.add_(total) if total.dtype is delta.dtype else total + delta
+            rebuilt = cast(total, result_dtype(self.stack.parts[position]))
+            rebuilt = rebuilt if rebuilt.dtype is torch.float64 else rebuilt.float()
+            step = rebuilt.sub_(wide) if rebuilt.dtype is wide.dtype else rebuilt - wide
             vector = self.stack.task_vector(position, span, lambda: base)
             found[position] = Sums(dot(step, vector), dot(step, step))
             self._advance(self._nbytes(position, span))
