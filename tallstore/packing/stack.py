@@ -24,7 +24,7 @@ _TILE_NUMEL = 1 << 20  # elements of a tile, over all its tasks: what stays in a
 _SMALLEST_TILE_NUMEL = 1 << 15
 _SHORTEST_ROW = 64  # elements; a scale and a step a row would cost a bit a parameter
 _LONGEST_WHOLE_ROW = 1 << 22  # longer rows are streamed in pieces
-_KEPT_NBYTES = 128 << 20  # task vectors up to this size are kept between passes instead of read again
+_KEPT_NBYTES = 64 << 20  # task vectors and codes up to this size are kept between passes instead of made again
 _FIRST_LOOK_NUMEL = 1 << 10
 _EXAMINED_NUMEL = 1 << 18
 
@@ -94,8 +94,8 @@ class Kept:
     def rooms(self, numels: Sequence[int]) -> list[Room]:
         """Room for each of *numels*, in the memory that the last call gave."""
         total = sum(numels)
-        vectors = total if total * 4 <= _KEPT_NBYTES else 0
-        codes = total if vectors * 4 + total <= _KEPT_NBYTES else 0
+        vectors = total if total * 5 <= _KEPT_NBYTES else 0
+        codes = total if total <= _KEPT_NBYTES else 0  # a byte each, and more work to make again
         needed = vectors + -(-codes // 4)
         if needed > self._memory.numel():
             self._memory = torch.empty(0, dtype=torch.float32, device="cpu")  # never both
