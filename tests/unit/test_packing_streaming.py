@@ -18,7 +18,7 @@ PATHS = {
     "small tiles": {"tile": 500, "smallest_tile": 500},
     "one row a tile": {"tile": 60, "smallest_tile": 60},
     "pieces of rows": {"tile": 900, "smallest_tile": 300, "longest_row": 1},
-    "made again": {"kept": 0},
+    "read again": {"kept": 0},
     "codes are kept": {"kept": 20_000},
     "codes are kept of small tiles": {"tile": 500, "smallest_tile": 500, "kept": 20_000},
     "scratch on disk": {"in_memory": 0},
