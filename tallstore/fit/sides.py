@@ -23,6 +23,11 @@ def exceeds(values: Tensor | float, limits: Tensor | float) -> Tensor:
     return torch.from_numpy(np.greater(first, second).view(np.uint8))
 
 
+def nonzero(values: Tensor) -> Tensor:
+    """1 where *values*, float32, are neither +0.0 nor -0.0, and 0 elsewhere: uint8."""
+    return torch.from_numpy(np.not_equal(values.numpy(), np.float32(0)).view(np.uint8))
+
+
 def select(bits: Tensor, values: Tensor) -> Tensor:
     """*values*, float32, where *bits*, uint8, are 1; +0.0 where they are 0, whatever the values are there."""
     every_bit = bits.view(torch.int8).neg().to(torch.int32)
@@ -42,7 +47,9 @@ def side_values(kind: Kind, coded: Coded, shared: Shared, levels: Levels | None 
     if kind == "mask":
         return select(codes, shared["merged"])
     if kind == "signed":
-        return select(codes & 1, shared["merged"]).sub_(select(codes >> 1, shared["merged"]))
+        # As readers do it. Shared magnitudes are near 1 and scales at most 2^60: nothing here is infinite.
+        signs = (codes & 1).view(torch.int8) - (codes >> 1).view(torch.int8)
+        return signs.float().mul_(shared["merged"])
     if kind == "two-level":
         return select(codes, shared["merged"]).add_(select(1 - codes, shared["merged_lo"]))
     if kind == "sign":

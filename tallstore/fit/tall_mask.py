@@ -22,7 +22,7 @@ from torch import Tensor
 from tallstore.errors import OptionError
 from tallstore.fit.base import Fit
 from tallstore.fit.gain import Gain, check_gain
-from tallstore.fit.sides import exceeds
+from tallstore.fit.sides import exceeds, nonzero
 from tallstore.fit.ties import disjoint_sum, trim_threshold, trimmed
 from tallstore.fit.tile import Coded, Shared, Tile
 from tallstore.format.manifest import Scalar, SharedDtype
@@ -170,9 +170,11 @@ class TallMaskFit(Fit):
         vector = tile.task_vectors[position]
         if self.method.normalise:
             vector = vector * statistics.unit
-        limit = (merged - vector).abs_().mul_(self.lambdas[tile.tasks[position]])
+        limit, factor = (merged - vector).abs_(), self.lambdas[tile.tasks[position]]
+        if factor != 1:
+            limit.mul_(factor)
         # A mean that is scaled back is that of `shared_by` task vectors.
         scale = float(tile.shared_by) if self.method.merge == "mean" and self.gain != "published" else 1.0
         if self.method.normalise:
             scale *= statistics.rms
-        return Coded(exceeds(vector.abs(), limit) & exceeds(merged.abs(), 0.0), scale)
+        return Coded(exceeds(vector.abs(), limit) & nonzero(merged), scale)

@@ -36,7 +36,9 @@ def dot(first: Tensor, second: Tensor) -> float:
         products = first * second
         blocks = products[: products.numel() // _BLOCK_NUMEL * _BLOCK_NUMEL].view(-1, _BLOCK_NUMEL)
         rest = products[blocks.numel() :]
-        found = blocks.sum(1).sum(dtype=torch.float64).item() + rest.sum(dtype=torch.float64).item()
+        found = blocks.sum(1).sum(dtype=torch.float64).item()
+        if rest.numel():
+            found += rest.sum(dtype=torch.float64).item()
         if _SMALLEST_DOT < abs(found) < math.inf:
             return found
     return torch.dot(first.double(), second.double()).item()

@@ -19,22 +19,14 @@ from tallstore.format.r13 import SMALLEST, r13
 _LARGEST_CODE = {"I8": 127.0, "LOG4": 1.0}  # the largest value a code stands for, in steps
 _TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
-_LOG4 = np.array(LOG4_VALUES, np.float32)
-
-
-def _log4_codes() -> NDArray[np.uint8]:
-    """The log4 code of a ratio from 0 to 2, by the upper 16 bits below its sign.
-
-    The nearer value is taken, the larger on a tie. Values have 8 significant bits, and the midpoints between them 9:
-    8 exponent and 8 mantissa bits decide exactly.
-    """
-    ratios = (np.arange(1 << 16, dtype=np.uint32) << np.uint32(15)).view(np.float32)
-    ascending = np.array(LOG4_VALUES[::-1], np.float32)
-    midpoints = (ascending[1:] + ascending[:-1]) / 2
-    return (len(LOG4_VALUES) - 1 - np.searchsorted(midpoints, ratios, side="right")).astype(np.uint8)
-
-
-_LOG4_CODES = _log4_codes()
+# LOG4 by the bits of a float32, of which 23 are its fraction. An octave has two codes, and half an octave is 2^22: even
+# codes stand for powers of two, and odd ones for 362/256 of one.
+_HALF_OCTAVE = 22
+_WHOLE = 127 << 23  # 1.0, code 0
+_BETWEEN = (1 << _HALF_OCTAVE) - (106 << 15)  # by what an odd code is less than half way through its octave
+# The midpoints of an octave are 309/256 and 437/256 of its power of two: half an octave apart, so that one sum brings
+# both to where the upper bits change.
+_TO_MIDPOINT = (1 << _HALF_OCTAVE) - (53 << 15)
 
 
 def steps(largest: Tensor, dtype: SharedDtype) -> NDArray[np.float32]:
@@ -64,12 +56,21 @@ def quantise(merged: Tensor, step: Tensor | None, dtype: SharedDtype) -> Tensor:
         ratio[empty] = 0.0
     if dtype == "I8":
         return ratio.round_().clamp_(-127, 127).to(torch.int8)
-    # Ratios are from 0 to 1 and a little: no index is out of range, and numpy need not look for one.
-    return torch.from_numpy(_LOG4_CODES.take(ratio.numpy().view(np.uint32) >> np.uint32(15), mode="clip"))
+    return _log4_codes(ratio)
 
 
 def values(codes: Tensor, dtype: SharedDtype) -> Tensor:
     """What codes stand for, in steps: float32, of the shape of *codes*."""
-    if dtype == "LOG4":
-        return torch.from_numpy(_LOG4.take(codes.numpy(), mode="clip"))
-    return codes.to(torch.float32)
+    return _log4_values(codes) if dtype == "LOG4" else codes.to(torch.float32)
+
+
+def _log4_codes(ratio: Tensor) -> Tensor:
+    """The codes of the nearest values, of the larger ones on a tie: uint8. *ratio*, float32 from 0 to 2, is lost."""
+    halves = ratio.view(torch.int32).add_(_TO_MIDPOINT).bitwise_right_shift_(_HALF_OCTAVE)
+    return halves.neg_().add_(_WHOLE >> _HALF_OCTAVE).clamp_(0, len(LOG4_VALUES) - 1).to(torch.uint8)
+
+
+def _log4_values(codes: Tensor) -> Tensor:
+    """As `LOG4_VALUES` has them; arithmetic takes less than half the time of a look-up."""
+    halves = codes.to(torch.int32).mul_(-1 << _HALF_OCTAVE)
+    return halves.add_((codes & 1).to(torch.int32), alpha=-_BETWEEN).add_(_WHOLE).view(torch.float32)

@@ -65,15 +65,18 @@ class SharedVector:
 
     def stored(self, span: Span) -> Tensor:
         """The vector as a reader sees it at gain one: float32, 1-D."""
-        rows = self._values(span)
+        rows = self.values(span)
         step = self._row_steps(span)
         return (rows if step is None else rows * step).view(-1)
 
-    def scaled(self, span: Span, gains: NDArray[np.float32]) -> Tensor:
-        """The vector under *gains*, one or one for each row of the span, as a reader scales it: float32, 1-D."""
+    def values(self, span: Span) -> Tensor:
+        """What the codes stand for, in steps: float32 [rows, length]."""
+        return values(self._codes[span.start : span.stop], self._dtype).view(span.rows, -1)
+
+    def scales(self, span: Span, gains: NDArray[np.float32]) -> Tensor:
+        """What a reader multiplies `values` by under *gains*, one or one for each row of the span: float32, 1-D."""
         step = None if self._step is None else self._step[span.row : span.row + span.rows]
-        scales = torch.from_numpy(row_scales(gains, step))
-        return (self._values(span) * scales[:, None]).view(-1)
+        return torch.from_numpy(row_scales(gains, step))
 
     def scales_are_in_range(self, gains: NDArray[np.float32]) -> bool:
         """Whether every scale under *gains*, one or one for each of the first rows, is one that the format holds."""
@@ -96,9 +99,6 @@ class SharedVector:
             tensor=name, role=self.role, dtype=self._dtype, row_axes=self._stack.row_axes, values=placed, step=step
         )
         return vector, nbytes
-
-    def _values(self, span: Span) -> Tensor:
-        return values(self._codes[span.start : span.stop], self._dtype).view(span.rows, -1)
 
     def _row_steps(self, span: Span) -> Tensor | None:
         if self._step is None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,9 +24,12 @@ _TILE_NUMEL = 1 << 20  # elements of a tile, over all its tasks: what stays in a
 _SMALLEST_TILE_NUMEL = 1 << 15
 _SHORTEST_ROW = 64  # elements; a scale and a step a row would cost a bit a parameter
 _LONGEST_WHOLE_ROW = 1 << 22  # longer rows are streamed in pieces
-_KEPT_NBYTES = 128 << 20  # task vectors up to this size are kept between passes instead of read again
+_KEPT_NBYTES = 64 << 20  # task vectors and codes up to this size are kept between passes instead of made again
 _FIRST_LOOK_NUMEL = 1 << 10
-_EXAMINED_NUMEL = 1 << 16
+_EXAMINED_NUMEL = 1 << 18
+
+#: Elements of the base, and of an expert, in a range of one tensor.
+_Read = Callable[[int, int], tuple[Tensor, Tensor]]
 
 
 def is_merged(given: Checkpoint, base: Checkpoint, name: str) -> bool:
@@ -55,16 +59,31 @@ class Examined:
         is_same: the leading rows are the base's, bit for bit (after the cast to the expert's dtype).
         statistics: of the task vector; None where it is the same, or may not be coded.
         task_vector: the whole of it, where it was kept: float32, 1-D.
+        codes: room for those of all elements, where there is some: uint8, 1-D.
     """
 
     part: Part
     is_same: bool = False
     statistics: TaskStatistics | None = None
     task_vector: Tensor | None = None
+    codes: Tensor | None = None
 
 
-class KeptVectors:
-    """Memory for the task vectors of one tensor after the other, where they are small enough to be kept.
+@dataclass(frozen=True)
+class Room:
+    """Where what is computed of one part may be kept; None where there is no room for it.
+
+    Attributes:
+        task_vector: float32, 1-D, of the part's length.
+        codes: uint8, likewise.
+    """
+
+    task_vector: Tensor | None = None
+    codes: Tensor | None = None
+
+
+class Kept:
+    """Memory for the task vectors and codes of one tensor after the other, where they are small enough to be kept.
 
     It is allocated once, and used again: new memory would cost more than reading the inputs again.
     """
@@ -72,25 +91,37 @@ class KeptVectors:
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.float32, device="cpu")
 
-    def rooms(self, numels: Sequence[int]) -> list[Tensor | None]:
-        """A float32 tensor for each of *numels*, in the memory that the last call gave; or None for all."""
+    def rooms(self, numels: Sequence[int]) -> list[Room]:
+        """Room for each of *numels*, in the memory that the last call gave."""
         total = sum(numels)
-        if total * 4 > _KEPT_NBYTES:
-            return [None] * len(numels)
-        if total > self._memory.numel():
+        vectors = total if total * 5 <= _KEPT_NBYTES else 0
+        codes = total if total <= _KEPT_NBYTES else 0  # a byte each, and more work to make again
+        needed = vectors + -(-codes // 4)
+        if needed > self._memory.numel():
             self._memory = torch.empty(0, dtype=torch.float32, device="cpu")  # never both
-            self._memory = torch.empty(total, dtype=torch.float32, device="cpu")
-        stops = list(itertools.accumulate(numels))
-        return [self._memory[stop - numel : stop] for numel, stop in zip(numels, stops, strict=True)]
+            self._memory = torch.empty(needed, dtype=torch.float32, device="cpu")
+        behind = self._memory[vectors:].view(torch.uint8)
+        return [
+            Room(
+                self._memory[stop - numel : stop] if vectors else None,
+                behind[stop - numel : stop] if codes else None,
+            )
+            for numel, stop in zip(numels, itertools.accumulate(numels), strict=True)
+        ]
 
 
-def examine(base: Checkpoint, base_name: str, part: Part, room: Tensor | None = None) -> Examined:
-    """Compare a part with the base, and sum up its task vector if it can be coded; keep it in *room*, if there is one.
+def examine(base: Checkpoint, base_name: str, part: Part, room: Room | None = None) -> Examined:
+    """Compare a part with the base, and sum up its task vector if it can be coded; keep it if *room* has some for it.
 
     Raises:
         NonFiniteError: it would be coded, and has NaN or infinity.
     """
-    if _is_same(base, base_name, part):
+
+    @functools.lru_cache(maxsize=1)  # what was looked at first is most often all there is
+    def read(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        return base.read(base_name, start, stop), part.expert.checkpoint.read(part.name, start, stop)
+
+    if _is_same(part, read):
         return Examined(part, is_same=True)
     if part.whole_because is not None:
         return Examined(part)
@@ -99,13 +130,14 @@ def examine(base: Checkpoint, base_name: str, part: Part, room: Tensor | None = 
     rows = max(1, part.numel // row_length)  # a cut vector of one dimension is part of a row
     squares = torch.zeros(rows, dtype=torch.float64, device="cpu")
     magnitudes = torch.zeros_like(squares)
+    kept, codes = (None, None) if room is None else (room.task_vector, room.codes)
     for start, stop in row_pieces(part.numel, row_length):
-        reference, finetuned = base.read(base_name, start, stop), part.expert.checkpoint.read(part.name, start, stop)
-        # In bits that stay in the cache, of whole rows where rows are no longer than a piece.
+        reference, finetuned = read(start, stop)
+        # In bits that stay near the cache, of whole rows where rows are no longer than a piece.
         step = max(1, _EXAMINED_NUMEL // row_length) * row_length
         for begin in range(0, stop - start, step):
             end = min(begin + step, stop - start)
-            out = None if room is None else room[start + begin : start + end]
+            out = None if kept is None else kept[start + begin : start + end]
             vector = task_vector(reference[begin:end], finetuned[begin:end], out)
             first, count = (start + begin) // row_length, max(1, (end - begin) // row_length)
             found_squares, found_magnitudes = row_sums(vector.view(count, -1))
@@ -114,7 +146,7 @@ def examine(base: Checkpoint, base_name: str, part: Part, room: Tensor | None = 
         if not torch.isfinite(squares).all():
             _refuse_non_finite(part, reference, finetuned, start)
             return Examined(replace(part, whole_because="its task vector is beyond float32"))
-    return Examined(part, statistics=TaskStatistics(part.numel, squares, magnitudes), task_vector=room)
+    return Examined(part, statistics=TaskStatistics(part.numel, squares, magnitudes), task_vector=kept, codes=codes)
 
 
 def unfit(base: Checkpoint, base_name: str, found: Examined) -> str | None:
@@ -177,22 +209,22 @@ def trimmable_chunks(base: Checkpoint, base_name: str, part: Part) -> Iterator[T
         yield torch.nan_to_num_(vector, nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _is_same(base: Checkpoint, base_name: str, part: Part) -> bool:
+def _is_same(part: Part, read: _Read) -> bool:
     spec, base_spec = part.spec, part.base_spec
     castable = spec.dtype in CODED and base_spec.dtype in CODED
     if part.is_resized and (part.numel == 0 or part.whole_because is not None):
         return False
     if spec.dtype != base_spec.dtype and not castable:
         return False
-    start = 0
-    while start < part.numel:  # most tensors differ early on
-        stop = min(start + CHUNK_NUMEL if start else _FIRST_LOOK_NUMEL, part.numel)
-        ours = part.expert.checkpoint.read(part.name, start, stop)
-        theirs = cast(base.read(base_name, start, stop), ours.dtype)
-        # numpy compares bytes many times faster than torch.
-        if not np.array_equal(ours.view(torch.uint8).numpy(), theirs.view(torch.uint8).numpy()):
-            return False
-        start = stop
+    for start in range(0, part.numel, CHUNK_NUMEL):
+        theirs, ours = read(start, min(start + CHUNK_NUMEL, part.numel))
+        first = 0
+        for last in (_FIRST_LOOK_NUMEL, len(ours)):  # most tensors differ early on
+            expected = cast(theirs[first:last], ours.dtype)
+            # numpy compares bytes many times faster than torch.
+            if not np.array_equal(ours[first:last].view(torch.uint8).numpy(), expected.view(torch.uint8).numpy()):
+                return False
+            first = last
     return True
 
 
@@ -232,7 +264,13 @@ class Span:
 
 
 class Stack:
-    """The parts of one base tensor that are to be coded, as tiles of task vectors. Several threads may read tiles."""
+    """The parts of one base tensor that are to be coded, as tiles of task vectors. Several threads may read tiles.
+
+    Attributes:
+        parts, statistics: of every part, by position.
+        codes: room for those of all elements of each part, uint8; None where there is none.
+        spans: the tiles' ranges, in order.
+    """
 
     def __init__(
         self, base: Checkpoint, name: str, examined: Sequence[Examined], given: Checkpoint | None = None
@@ -250,6 +288,11 @@ class Stack:
         self.spans = tuple(self._spans(cuts, target))
         self._positions = {part.expert.task: position for position, part in enumerate(self.parts)}
         self._kept = tuple(found.task_vector for found in examined)
+        self.codes = tuple(found.codes for found in examined)
+
+    def base_at(self, span: Span) -> Tensor:
+        """Elements of the base: 1-D, in its dtype."""
+        return self.base.read(self.name, span.start, span.stop)
 
     def tile(self, span: Span, only: int | None = None) -> Tile:
         """Task vectors of the parts that cover *span*, or *only* of the one at that position, which must cover it.
@@ -258,9 +301,10 @@ class Stack:
         """
         covering = [position for position, part in enumerate(self.parts) if span.stop <= part.numel]
         taken = covering if only is None else [only]
+        base = functools.cache(functools.partial(self.base_at, span))
         return Tile(
             tasks=tuple(self.parts[position].expert.task for position in taken),
-            task_vectors=tuple(self._task_vector(position, span) for position in taken),
+            task_vectors=tuple(self.task_vector(position, span, base) for position in taken),
             statistics=tuple(self.statistics[position] for position in taken),
             shared_by=len(covering),
             first_row=span.row,
@@ -269,7 +313,7 @@ class Stack:
             tensor=self.name,
             shape=self.spec.shape,
             start=span.start,
-            given=None if self._given is None else self._given_vector(self._given, span),
+            given=None if self._given is None else self._given_vector(self._given, span, base()),
         )
 
     def position(self, task: str) -> int:
@@ -280,14 +324,15 @@ class Stack:
         """Rows of one part."""
         return max(1, self.parts[position].numel // self.row_length)
 
-    def _task_vector(self, position: int, span: Span) -> Tensor:
+    def task_vector(self, position: int, span: Span, base: Callable[[], Tensor]) -> Tensor:
+        """Of one part that covers *span*, float32; *base* reads that of the span, where it is needed."""
         kept, part = self._kept[position], self.parts[position]
         if kept is not None:
             return kept[span.start : span.stop]
-        return self._difference(part.expert.checkpoint, part.name, span.start, span.stop)
+        return task_vector(base(), part.expert.checkpoint.read(part.name, span.start, span.stop))
 
-    def _given_vector(self, given: Checkpoint, span: Span) -> Tensor:
-        vector = self._difference(given, self.name, span.start, span.stop)
+    def _given_vector(self, given: Checkpoint, span: Span, base: Tensor) -> Tensor:
+        vector = task_vector(base, given.read(self.name, span.start, span.stop))
         wrong = torch.nonzero(~torch.isfinite(vector))
         if len(wrong):
             raise NonFiniteError(
@@ -296,9 +341,6 @@ class Stack:
                 f"{span.start + int(wrong[0])}); leave it out of the merged model, or mend the weights",
             )
         return vector
-
-    def _difference(self, checkpoint: Checkpoint, name: str, start: int, stop: int) -> Tensor:
-        return task_vector(self.base.read(self.name, start, stop), checkpoint.read(name, start, stop))
 
     def _spans(self, cuts: Sequence[int], target: int) -> Iterator[Span]:
         start = 0

@@ -6,7 +6,7 @@ What `pack` writes and what `compare` predicts are both this.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -20,7 +20,7 @@ from tallstore.fit import Coded, Fit, Projections, Shared, Tile, exceeds, presen
 from tallstore.format.dtypes import itemsize
 from tallstore.format.manifest import SharedDtype
 from tallstore.format.r13 import in_range, r13
-from tallstore.packing.fidelity import dot
+from tallstore.packing.fidelity import Sums, dot
 from tallstore.packing.shared_vector import SharedVectors
 from tallstore.packing.stack import Span, Stack, cast, result_dtype
 
@@ -113,8 +113,14 @@ class StackFit:
         return (span.stop - span.start) * itemsize(self.stack.parts[position].spec.dtype)
 
     def _project(self, fit: Fit, tile: Tile, place: int, shared: Shared) -> _Found:
-        """Projections of one part in a tile, under the scales of its rows but not under that of its tensor; scales."""
+        """Projections of one part in a tile, under the scales of its rows but not under that of its tensor; scales.
+
+        Its codes are kept where there is room.
+        """
         coded, vector = fit.code(tile, place, shared), tile.task_vectors[place]
+        kept = self.stack.codes[self.stack.position(tile.tasks[place])]
+        if kept is not None:
+            kept[tile.start : tile.start + coded.codes.numel()] = coded.codes
         sides, scale = side_values(fit.kind, coded, shared, fit.levels), coded.scale
         if isinstance(scale, Tensor):
             sides = (tile.by_row(sides) * scale[:, None]).view(-1)
@@ -178,35 +184,51 @@ class StackFit:
         )
         return None if in_format and gains.any() else "its scales are beyond what the format holds"
 
-    def code(self, scaled: Scaled, span: Span, position: int) -> tuple[Coded, Tile]:
-        """The codes of one part in one tile, and the tile."""
-        tile = self.stack.tile(span, only=position)
-        coded = scaled.fit.code(tile, 0, self.shared.stored(span))
-        self._advance(self._nbytes(position, span))
-        return coded, tile
+    @property
+    def keeps_codes(self) -> bool:
+        """Whether the codes of every part are at hand in `stack.codes`, and need not be computed again."""
+        return self.fit.kind != "sparse" and all(codes is not None for codes in self.stack.codes)
 
-    def rebuild(self, scaled: Scaled, span: Span, position: int, coded: Coded) -> Tensor:
-        """What a reader gets of one part in one tile, less the base, after the final rounding.
+    def code(self, scaled: Scaled, span: Span, position: int) -> Coded:
+        """The codes of one part in one tile."""
+        kept = self.stack.codes[position]
+        if kept is not None and self.keeps_codes:
+            return Coded(kept[span.start : span.stop], 1.0)
+        return scaled.fit.code(self.stack.tile(span, only=position), 0, self.shared.stored(span))
 
-        Returns:
-            float32, 1-D; float64 where base or expert are.
+    def measure(self, span: Span, coded: Mapping[int, tuple[Scaled, Coded]]) -> dict[int, Sums]:
+        """Rebuild some parts in one tile, by position, as a reader would; how near they are to their task vectors.
+
+        The base is read once for all, and the shared vectors are looked up once. A part that is not finite was beyond
+        its dtype.
         """
-        delta = self._delta(scaled, span, coded)
-        base = self.stack.base.read(self.stack.name, span.start, span.stop)
+        base = self.stack.base_at(span)
         wide = base if base.dtype is torch.float64 else base.float()
-        total = wide
-        if "centre" in scaled.fit.roles:  # added where something else is
-            moves = exceeds(delta.abs(), 0.0)
-            total = total + select(moves, self.shared["centre"].stored(span))
-        rebuilt = cast(total + delta, result_dtype(self.stack.parts[position]))
-        return (rebuilt if rebuilt.dtype is torch.float64 else rebuilt.float()) - wide
+        values: Shared = {vector.role: vector.values(span) for vector in self.shared if vector.role != "centre"}
+        centre = self.shared["centre"].stored(span) if "centre" in self.fit.roles else None
+        found = {}
+        for position, (scaled, codes) in coded.items():
+            delta = self._delta(scaled, span, codes, values)
+            total = wide
+            if centre is not None:  # added where something else is
+                total = total + select(exceeds(delta.abs(), 0.0), centre)
+            total = delta.add_(total) if total.dtype is delta.dtype else total + delta
+            rebuilt = cast(total, result_dtype(self.stack.parts[position]))
+            rebuilt = rebuilt if rebuilt.dtype is torch.float64 else rebuilt.float()
+            step = rebuilt.sub_(wide) if rebuilt.dtype is wide.dtype else rebuilt - wide
+            vector = self.stack.task_vector(position, span, lambda: base)
+            found[position] = Sums(dot(step, vector), dot(step, step))
+            self._advance(self._nbytes(position, span))
+        return found
 
-    def _delta(self, scaled: Scaled, span: Span, coded: Coded) -> Tensor:
+    def _delta(self, scaled: Scaled, span: Span, coded: Coded, values: Shared) -> Tensor:
         """What a part adds to the base in one tile: float32, 1-D, in the arithmetic of the specification."""
         gains = scaled.gains if scaled.gains.size == 1 else scaled.gains[span.row : span.row + span.rows]
         fit = scaled.fit
         if fit.kind in ("mask", "signed", "two-level"):
-            scales: Shared = {role: self.shared[role].scaled(span, gains) for role in fit.roles if role != "centre"}
-            return side_values(fit.kind, coded, scales, fit.levels)
+            shared: Shared = {
+                role: (rows * self.shared[role].scales(span, gains)[:, None]).view(-1) for role, rows in values.items()
+            }
+            return side_values(fit.kind, coded, shared, fit.levels)
         sides = side_values(fit.kind, coded, {}, fit.levels)
         return (sides.view(span.rows, -1) * torch.from_numpy(gains)[:, None]).view(-1)

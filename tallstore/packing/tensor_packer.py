@@ -12,17 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from tallstore.checkpoints import Checkpoint
 from tallstore.fit import Fit
 from tallstore.format import manifest as tables
 from tallstore.format.manifest import SharedDtype
 from tallstore.format.shard_writer import PayloadSink
 from tallstore.packing.code_writer import CODES, CodeWriter
-from tallstore.packing.fidelity import Estimated, Sums, dot, sign_estimate, signed_estimates
+from tallstore.packing.fidelity import Estimated, Sums, sign_estimate, signed_estimates
 from tallstore.packing.plan import Part
-from tallstore.packing.stack import Examined, KeptVectors, Span, Stack, examine, is_merged, unfit
+from tallstore.packing.stack import Examined, Kept, Room, Span, Stack, examine, is_merged, unfit
 from tallstore.packing.stack_fit import Advance, Run, Scaled, StackFit
 from tallstore.packing.task_progress import CodedTensor, TaskProgress
 
@@ -64,7 +62,7 @@ class TensorPacker:
         self._base, self._factors, self._given = base, factors, given
         self._directory, self._estimates, self._run = directory, estimates, run
         self._tasks, self._writer = tasks, writer
-        self._kept = KeptVectors()
+        self._kept = Kept()
         self.vectors: list[tables.Vector] = []
         self.vector_nbytes: dict[str, int] = {}
 
@@ -91,7 +89,7 @@ class TensorPacker:
         elif coded:
             self._pack_stack(Stack(self._base, base_name, coded, self._given), fit, dtype, advance_pass)
 
-    def _sort_out(self, base_name: str, advance: Advance, given: tuple[Part, Tensor | None]) -> Examined | None:
+    def _sort_out(self, base_name: str, advance: Advance, given: tuple[Part, Room]) -> Examined | None:
         """Store a part that is not coded; what was found of one that is, its task vector kept where there is room."""
         part, room = given
         found = examine(self._base, base_name, part, room)
@@ -120,11 +118,23 @@ class TensorPacker:
         scaled = fitted.run(self._run)
         if self._estimates and fit.kind != "signed":
             self._estimate_signed(stack)
-        store = functools.partial(self._store_part, fitted)
+        measured: list[Mapping[int, Sums]] = []
+        if fitted.keeps_codes:
+            measured = list(self._run(functools.partial(self._measure, fitted, scaled), stack.spans))
+        store = functools.partial(self._store_part, fitted, measured)
         if any(list(self._run(store, enumerate(scaled)))):
             written = [vector.write(self._writer) for vector in fitted.shared]
             self.vectors.extend(vector for vector, _ in written)
             self.vector_nbytes[stack.name] = sum(nbytes for _, nbytes in written)
+
+    def _measure(self, fitted: StackFit, scaled: Sequence[Scaled], span: Span) -> Mapping[int, Sums]:
+        """How near every part that covers *span* comes there, from codes that are at hand."""
+        covering = [
+            (position, of)
+            for position, of in enumerate(scaled)
+            if of.reason is None and span.stop <= fitted.stack.parts[position].numel
+        ]
+        return fitted.measure(span, {position: (of, fitted.code(of, span, position)) for position, of in covering})
 
     def _estimate_signed(self, stack: Stack) -> None:
         """What `SignedMask()` would do: one tile in eight stands for the tensor, the first always."""
@@ -138,36 +148,41 @@ class TensorPacker:
             for task, estimated in found.items():
                 self._tasks[task].signed.append(estimated)
 
-    def _store_part(self, fitted: StackFit, found: tuple[int, Scaled]) -> bool:
-        """Store one task's codes, or its whole tensor where the fit degenerated; whether it was coded."""
+    def _store_part(self, fitted: StackFit, measured: Sequence[Mapping[int, Sums]], found: tuple[int, Scaled]) -> bool:
+        """Store one task's codes, or its whole tensor where the fit degenerated; whether it was coded.
+
+        *measured* has sums by position for every span, where the codes were kept.
+        """
         position, scaled = found
         part = fitted.stack.parts[position]
         task = self._tasks[part.expert.task]
-        reason = scaled.reason or self._write_codes(fitted, position, scaled)
+        reason = scaled.reason or self._write_codes(fitted, measured, position, scaled)
         if reason is not None:
             task.store_private(part.name, reason, degenerate=True)
             return False
         task.sign.append(sign_estimate(fitted.stack.statistics[position]))
         return True
 
-    def _write_codes(self, fitted: StackFit, position: int, scaled: Scaled) -> str | None:
-        """Write one task's codes, rebuild and measure; why it must be private instead, if it must."""
+    def _write_codes(
+        self, fitted: StackFit, measured: Sequence[Mapping[int, Sums]], position: int, scaled: Scaled
+    ) -> str | None:
+        """Write one task's codes, measured or yet to be; why it must be private instead, if it must."""
         stack = fitted.stack
         part = stack.parts[position]
         task = self._tasks[part.expert.task]
         codes = CodeWriter(task.writer, part.name, scaled, row_axes=stack.row_axes)
         sums = Sums()
-        for span in stack.spans:
+        for number, span in enumerate(stack.spans):
             if span.stop > part.numel:
                 break
-            coded, tile = fitted.code(scaled, span, position)
-            codes.append(coded)
-            step = fitted.rebuild(scaled, span, position, coded)
-            energy = dot(step, step)
-            if not math.isfinite(energy):
+            coded = fitted.code(scaled, span, position)
+            by_position = measured[number] if measured else fitted.measure(span, {position: (scaled, coded)})
+            found = by_position[position]
+            if not math.isfinite(found.reconstruction):
                 codes.discard()
                 return f"its reconstruction overflows {part.spec.dtype}"
-            sums += Sums(dot(step, tile.task_vectors[0]), energy)
+            sums += found
+            codes.append(coded)
         sums += Sums(task_vector=stack.statistics[position].sum_squares)
         fields = codes.finish()
         task.coded[part.name] = CodedTensor(part.numel, codes.nbytes, sums)

@@ -10,7 +10,7 @@ from tallstore.checkpoints import open_checkpoint
 from tallstore.format import shard_writer
 from tallstore.packing.group import GroupPacker
 from tallstore.packing.plan import name_experts, parts_by_base_name
-from tallstore.packing.stack import KeptVectors, Span, Stack, examine
+from tallstore.packing.stack import Kept, Span, Stack, examine
 from tests.packing_cases import METHODS, assert_same, base_model, contents, experts_of, forced, normal, pack, tuned
 
 WIDTHS_BY_ROW = ["ternary", "uniform", "uniform centred"]  # which a piece of a row cannot choose
@@ -19,6 +19,8 @@ PATHS = {
     "one row a tile": {"tile": 60, "smallest_tile": 60},
     "pieces of rows": {"tile": 900, "smallest_tile": 300, "longest_row": 1},
     "read again": {"kept": 0},
+    "codes are kept": {"kept": 20_000},
+    "codes are kept of small tiles": {"tile": 500, "smallest_tile": 500, "kept": 20_000},
     "scratch on disk": {"in_memory": 0},
     "all at once": {"tile": 700, "smallest_tile": 250, "longest_row": 15, "kept": 0, "in_memory": 0},
 }
@@ -228,7 +230,7 @@ def stack_of(base, *experts):
     opened = open_checkpoint({"w": base})
     named = name_experts(opened, {str(n): open_checkpoint({"w": expert}) for n, expert in enumerate(experts)}, {})
     parts = parts_by_base_name(opened, named, ())["w"]
-    rooms = KeptVectors().rooms([part.numel for part in parts])
+    rooms = Kept().rooms([part.numel for part in parts])
     return Stack(opened, "w", [examine(opened, "w", part, room) for part, room in zip(parts, rooms, strict=True)])
 
 
