@@ -48,7 +48,7 @@ def examples(task: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 def train(model: nn.Module, task: str, epochs: int) -> Iterator[tuple[int, torch.optim.Optimizer]]:
     """Train in place; yield after every epoch its number, from 1, and the optimizer."""
     (images, labels), _ = examples(task)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, 1e-3, epochs=epochs, steps_per_epoch=-(-len(images) // BATCH)
     )

@@ -11,67 +11,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import queue
 import socket
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import digits
 import fastapi
-import torch
 import uvicorn
+from lanes import Lane
 from pydantic import Field
-from torch import Tensor, nn
-from torch.nn import functional
 
 import tallstore
 
-BATCH = 16
 Pixels = Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=64, max_length=64)]
-
-
-@torch.inference_mode()
-def logits(model: nn.Module, images: Tensor) -> Tensor:
-    """BATCH rows at a time, padded: rounding depends on shapes, and an answer must not depend on who asks beside it."""
-    padded = functional.pad(images, (0, 0, 0, -len(images) % BATCH))
-    return torch.cat([model(rows) for rows in padded.split(BATCH)])[: len(images)]
-
-
-class Lane:
-    """A model and those who wait for it: whoever's turn it is answers all who wait for the same expert."""
-
-    def __init__(
-        self, experts: Sequence[str], model: nn.Module, using: Callable[[str], AbstractContextManager[object]]
-    ) -> None:
-        self.waiting = {expert: queue.SimpleQueue() for expert in experts}
-        self.model, self.using = model, using
-        self.turn, self.turns, self.answered = threading.Lock(), 0, 0
-
-    def ask(self, expert: str, pixels: list[float]) -> list[float]:
-        """Return the logits of *expert*; for many threads at once."""
-        waiting, mine = self.waiting[expert], Future()
-        waiting.put((pixels, mine))
-        with self.turn:
-            if asked := [waiting.get() for _ in range(waiting.qsize())]:
-                self._answer(expert, *zip(*asked, strict=True))
-        return mine.result()
-
-    def _answer(self, expert: str, images: tuple[list[float], ...], futures: tuple[Future, ...]) -> None:
-        self.turns, self.answered = self.turns + 1, self.answered + len(images)
-        try:
-            with self.using(expert):  # in this block, no other thread can switch the model
-                answers = logits(self.model, torch.tensor(images)).tolist()
-            for future, answer in zip(futures, answers, strict=True):
-                future.set_result(answer)
-        except Exception as error:  # noqa: BLE001 - all who wait hear of it
-            for future in futures:
-                future.set_exception(error)
 
 
 def make_lanes(bundle: tallstore.Bundle, hot: Sequence[str]) -> dict[str, Lane]:
@@ -100,10 +58,11 @@ def make_app(lanes: dict[str, Lane]) -> fastapi.FastAPI:
 
 def ask_many(url: str, tasks: tuple[str, ...], count: int) -> int:
     """Ask for the experts in turn, 32 at a time; return how many answers were right."""
+    tests = {task: digits.examples(task)[1] for task in tasks}
 
     def is_right(number: int) -> bool:
         task = tasks[number % len(tasks)]
-        images, labels = digits.examples(task)[1]
+        images, labels = tests[task]
         body = json.dumps(images[number].tolist()).encode()
         request = urllib.request.Request(url + task, body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request) as response:
