@@ -32,7 +32,7 @@ $(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
-	$(PIP) --editable '.[dev,demo]'
+	$(PIP) --editable '.[dev,demo,examples]'
 	@touch $@ $(VENV)/demo.stamp
 
 # ---- what people run

@@ -1,7 +1,7 @@
 """Serve experts by name: one model that becomes each in turn, and a model of its own for every expert that is hot.
 
-    python examples/serve.py [--hot rotated]            # serves, asks itself 400 times at once, says how that went
-    python examples/serve.py [--hot rotated] --port 8000                                  # serves until it is stopped
+    python examples/serve.py [--hot rotated]               # serves, asks itself 400 times at once, says how that went
+    python examples/serve.py [--hot rotated] --port 8000   # serves until it is stopped
     curl localhost:8000/experts/rotated --json "[0$(printf ',0.5%.0s' $(seq 63))]"
 
 Needs the extra `examples` (FastAPI and uvicorn).

@@ -1,4 +1,4 @@
-"""The examples run from nothing, and what they print is true; the server never answers with another expert's weights."""
+"""The examples run from nothing, and what they print is true; no answer of the server is another expert's."""
 
 from __future__ import annotations
 
