@@ -34,7 +34,7 @@ $(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
-	$(PIP) --editable '.[dev,demo,docs]'
+	$(PIP) --editable '.[dev,demo,docs,examples]'
 	@touch $@ $(VENV)/demo.stamp
 
 # ---- what people run

@@ -104,7 +104,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
 def test_the_sdist_holds_what_building_and_testing_need(built):
     with tarfile.open(built.sdist) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
-    assert set(files_below("tallstore", "tests", "spec", "benchmarks")) <= names
+    assert set(files_below("tallstore", "tests", "spec", "benchmarks", "examples")) <= names
     assert {"Makefile", "LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "pyproject.toml"} <= names
 
 

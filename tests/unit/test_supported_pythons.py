@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 OLDEST = (3, 10)
 MODULES = sorted(
-    path for place in ("tallstore", "spec", "tests", "benchmarks") for path in (ROOT / place).rglob("*.py")
+    path for place in ("tallstore", "spec", "tests", "benchmarks", "examples") for path in (ROOT / place).rglob("*.py")
 )
 
 
