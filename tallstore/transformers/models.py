@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 DeviceMap: TypeAlias = str | int | torch.device | Mapping[str, str | int | torch.device]
 
 _GENERATION: Final = "generation_config.json"
+_SPREADS: Final = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's words for: it chooses
 
 
 def from_bundle(
@@ -64,7 +65,7 @@ def from_bundle(
     options: dict[str, Any] = {"dtype": _checked_dtype(dtype), "device_map": _checked_device_map(device_map)}
     with opened(bundle) as found, beside(found, task, "config", CONFIG.__eq__, only=(CONFIG, _GENERATION)) as directory:
         where = place(found, task)
-        chosen, config = _class(transformers, auto_class, _config(transformers, directory, where), where)
+        chosen, config = _class(transformers, auto_class, directory, where)
         if chosen.can_generate():
             options["generation_config"] = _generation_config(transformers, directory, where)
         weights = weights_of(found, task)
@@ -93,16 +94,29 @@ def _checked_device_map(device_map: DeviceMap | None) -> DeviceMap | None:
     if importlib.util.find_spec("accelerate") is None:
         raise MissingExtraError("device_map", "accelerate", "transformers")
     if not isinstance(device_map, Mapping):
+        if device_map not in _SPREADS:
+            _check_device(device_map, device_map)
         return device_map
-    if "disk" in device_map.values():
-        raise OptionError("device_map has modules on 'disk'; give 'cpu', since the bundle is on disk already")
+    for device in device_map.values():
+        if device == "disk":
+            raise OptionError("device_map has modules on 'disk'; give 'cpu', since the bundle is on disk already")
+        _check_device(device, device_map)
     return dict(device_map)
+
+
+def _check_device(device: str | int | torch.device, device_map: DeviceMap) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError, ValueError) as error:
+        raise OptionError(f"device_map is {device_map!r}: {first_line(error)}") from None
 
 
 # --- config and class -------------------------------------------------------------------------------------------------
 
 
-def _config(transformers: ModuleType, directory: Path, where: str) -> PreTrainedConfig:
+def _entries(directory: Path, where: str) -> dict[str, Any]:
+    """What config.json holds, once it is known to ask for no code."""
+
     def refuse(entries: dict[str, Any]) -> dict[str, Any]:
         for key, value in entries.items():
             named = value.values() if isinstance(value, dict) else [value]
@@ -113,45 +127,35 @@ def _config(transformers: ModuleType, directory: Path, where: str) -> PreTrained
         return entries
 
     with reading(where, f"its {CONFIG}"):
-        json.loads((directory / CONFIG).read_bytes(), object_hook=refuse)
-        return transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
-
-
-def _generation_config(transformers: ModuleType, directory: Path, where: str) -> object:
-    """As `from_pretrained` reads it: from its file, or from the config, where older models have it."""
-    with reading(where, f"its {_GENERATION}"):
-        try:
-            return transformers.GenerationConfig.from_pretrained(directory)
-        except OSError:
-            return transformers.GenerationConfig.from_pretrained(directory, CONFIG, _from_model_config=True)
+        entries = json.loads((directory / CONFIG).read_bytes(), object_hook=refuse)
+    if not isinstance(entries, dict):
+        raise CompanionError(where, f"its {CONFIG} holds no JSON object")
+    return entries
 
 
 def _class(
-    transformers: ModuleType, auto_class: type[Any] | str | None, config: PreTrainedConfig, where: str
+    transformers: ModuleType, auto_class: type[Any] | str | None, directory: Path, where: str
 ) -> tuple[type[Any], PreTrainedConfig]:
     """The model's class, and the config that it takes: of a model of several parts, it may be one part's."""
-    chosen: Any = auto_class
-    if chosen is None:
-        chosen = next(iter(config.architectures or ()), "AutoModel")
-        if not hasattr(transformers, chosen):
-            raise CompanionError(
-                where, f"its {CONFIG} names {chosen!r}, which transformers does not have; give auto_class"
-            )
+    entries = _entries(directory, where)
+    chosen: Any = _first_architecture(transformers, entries, where) if auto_class is None else auto_class
     if isinstance(chosen, str):
         chosen = _named(transformers, chosen)
     if hasattr(chosen, "from_config"):
-        # An automatic class takes no weights without a path. Which class it chooses, a model without memory tells.
-        try:
-            with reading(where, f"its {CONFIG} as {chosen.__name__}"), torch.device("meta"):
-                skeleton = chosen.from_config(config, trust_remote_code=False)
-        except CompanionError as error:
-            if not isinstance(error.__cause__, ValueError) or auto_class is None:
-                raise
-            raise OptionError(f"auto_class is {chosen.__name__}: {first_line(error.__cause__)}") from error
-        return type(skeleton), skeleton.config
+        with reading(where, f"its {CONFIG}"):
+            config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        return _stood_for(chosen, config, where)
     if not hasattr(chosen, "from_pretrained") or not hasattr(chosen, "can_generate"):
         raise OptionError(f"auto_class is {auto_class!r}; give a model class of transformers, or its name")
-    return chosen, config
+    with reading(where, f"its {CONFIG} for {chosen.__name__}"):
+        return chosen, chosen.config_class.from_pretrained(directory)
+
+
+def _first_architecture(transformers: ModuleType, entries: Mapping[str, Any], where: str) -> str:
+    name = next(iter(entries.get("architectures") or ()), "AutoModel")
+    if not isinstance(name, str) or not hasattr(transformers, name):
+        raise CompanionError(where, f"its {CONFIG} names {name!r}, which transformers does not have; give auto_class")
+    return name
 
 
 def _named(transformers: ModuleType, name: str) -> object:
@@ -161,6 +165,27 @@ def _named(transformers: ModuleType, name: str) -> object:
         hint = f"did you mean {near[0]!r}?" if near else "give a class, or the name of one"
         raise OptionError(f"auto_class is {name!r}, which transformers does not have; {hint}")
     return found
+
+
+def _stood_for(auto_class: Any, config: PreTrainedConfig, where: str) -> tuple[type[Any], PreTrainedConfig]:  # noqa: ANN401
+    """The class that an automatic one, which takes no weights without a path, chooses: a model without memory tells."""
+    try:
+        with reading(where, f"its {CONFIG} for {auto_class.__name__}"), torch.device("meta"):
+            skeleton = auto_class.from_config(config, trust_remote_code=False)
+    except CompanionError as error:
+        if not isinstance(error.__cause__, ValueError) or "auto_map" in dir(config):
+            raise
+        raise OptionError(f"auto_class is {auto_class.__name__}: {first_line(error.__cause__)}") from error
+    return type(skeleton), skeleton.config
+
+
+def _generation_config(transformers: ModuleType, directory: Path, where: str) -> object:
+    """As `from_pretrained` reads it: from its file, or from the config, where older models have it."""
+    with reading(where, f"its {_GENERATION}"):
+        try:
+            return transformers.GenerationConfig.from_pretrained(directory)
+        except OSError:
+            return transformers.GenerationConfig.from_pretrained(directory, CONFIG, _from_model_config=True)
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
