@@ -142,6 +142,8 @@ def _class(
     if isinstance(chosen, str):
         chosen = _named(transformers, chosen)
     if hasattr(chosen, "from_config"):
+        if not entries.get("model_type"):  # older releases would guess it from the directory's name
+            raise CompanionError(where, f"its {CONFIG} has no model_type; give a model's own class as auto_class")
         with reading(where, f"its {CONFIG}"):
             config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
         return _stood_for(chosen, config, where)

@@ -132,7 +132,7 @@ def test_a_config_for_other_shapes_names_the_first(packed, tmp_path):
     [
         ("{", "its config.json cannot be loaded"),
         ("[1]", "its config.json holds no JSON object"),
-        ({}, "its config.json"),
+        ({}, "its config.json has no model_type"),
         ({"model_type": "no-such", "architectures": ["BertModel"], "hidden_size": "wide"}, "BertModel"),
         ({"model_type": "no-such"}, "its config.json cannot be loaded"),
         ({"model_type": "bert", "architectures": ["NoSuchModel"]}, "names 'NoSuchModel', which transformers does not"),
