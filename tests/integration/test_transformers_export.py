@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import tallstore
 from tallstore.cli.app import main
 from tallstore.exporting import export
+from tallstore.transformers import from_bundle, tokenizer_from_bundle
 from tests.reference import same_bits
 from tests.transformers_models import (
     DTYPES,
@@ -266,12 +267,15 @@ def test_experts_from_elsewhere(tmp_path):
             state = bundle.state_dict(task)
             state = {name: tensor for name, tensor in state.items() if name not in info["unexpected_keys"]}
             assert_same_weights(model, state, out, without=info["missing_keys"])
+            direct = from_bundle(bundle, task, transformers.AutoModel)
             built = transformers.AutoModel.from_config(model.config, dtype=model.dtype)
             assert set(built.load_state_dict(state, strict=False).missing_keys) == info["missing_keys"]
             tokenizer, original = (transformers.AutoTokenizer.from_pretrained(place) for place in (out, source))
             batch = tokenizer(SENTENCES, padding=True, return_tensors="pt")
             assert batch["input_ids"].tolist() == original(SENTENCES, padding=True)["input_ids"]
             with torch.inference_mode():
-                found, made = (encoder.eval()(**batch).last_hidden_state for encoder in (model, built))
+                found, made, got = (encoder.eval()(**batch).last_hidden_state for encoder in (model, built, direct))
             assert torch.equal(found, made)
+            assert torch.equal(found, got)
+            assert tokenizer_from_bundle(bundle, task)(SENTENCES) == original(SENTENCES)
             shutil.rmtree(out)
