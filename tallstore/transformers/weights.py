@@ -62,12 +62,15 @@ class Weight:
 
 
 def weights_of(bundle: Bundle, task: str) -> dict[str, Weight]:
-    """Every tensor of an expert by name, in the names' order, as a file has them. Reads tables only.
+    """Every tensor of an expert by name, in the names' order, as a file has them. Reads tables where files are here.
+
+    Of a bundle on the Hub, all that the expert needs is brought: single tensors would come by ranges, past the cache.
 
     Raises:
         TallstoreError: as `Bundle.keys`.
     """
     expert = bundle._expert(task)  # noqa: SLF001 - this package's
+    bundle._files.bring([expert.task])  # noqa: SLF001
     carriers = {name: expert.carrier(name) for name in sorted(expert.names)}
     tied = {carrier for name, carrier in carriers.items() if name != carrier}
     made = {carrier: Weight(bundle, task, carrier, is_tied=carrier in tied) for carrier in carriers.values()}
