@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from tallstore import transformers as transformers
     from tallstore.errors import (
         AdapterCheckpointError,
         BaseError,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         BundleNotFoundError,
         CardError,
         CheckpointNotFoundError,
+        CompanionError,
         DamagedCheckpointError,
         FormatError,
         HubAccessError,
@@ -78,6 +80,7 @@ __all__ = [
     "Calibration",
     "CardError",
     "CheckpointNotFoundError",
+    "CompanionError",
     "Comparison",
     "DamagedCheckpointError",
     "Emr",
@@ -130,6 +133,9 @@ __all__ = [
     "write_report",
 ]
 
+# Modules with names of their own, which no function or class has: `tallstore.transformers.from_bundle`.
+_MODULES: Final = ("transformers",)
+
 # Where the names are that are no errors. No module of the package has the name of a function: importing one would put
 # the module in the function's place.
 _HOMES: Final = {
@@ -157,6 +163,8 @@ _HOMES: Final = {
 
 
 def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found: object = getattr(importlib.import_module(_HOMES.get(name, "tallstore.errors")), name)
@@ -165,4 +173,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})

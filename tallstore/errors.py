@@ -27,6 +27,7 @@
     │   ├── NonFiniteError          NaN or infinity where weights would be coded
     │   └── TooFewExpertsError
     ├── OptionError                 (also a ValueError) an argument outside its range
+    ├── CompanionError              a config or tokenizer that is missing, or that its library does not take
     ├── TooLargeError               (also a MemoryError) more than the machine has memory for
     ├── SwitchError                 a model that is neither of two experts
     ├── MissingExtraError           (also an ImportError) a library that only an extra installs
@@ -238,6 +239,18 @@ class TooFewExpertsError(InputError):
 
 class OptionError(TallstoreError, ValueError):
     """An argument is outside its range."""
+
+
+class CompanionError(TallstoreError):
+    """What belongs to an expert's weights (config, tokenizer, processor) is missing, or its library does not take it.
+
+    Attributes:
+        where: the bundle, and the task.
+    """
+
+    def __init__(self, where: str, problem: str) -> None:
+        super().__init__(f"{where}: {problem}")
+        self.where, self.problem = where, problem
 
 
 class TooLargeError(TallstoreError, MemoryError):

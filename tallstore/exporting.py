@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -219,9 +219,7 @@ def _write(bundle: Bundle, expert: Task, target: Path, max_shard_nbytes: int, me
 
     with files.staged_directory(target) as staged, files.writing(Path(os.path.realpath(target))):
         weights = checkpoint_writer.write_checkpoint(staged, specs, read, max_shard_nbytes=max_shard_nbytes)
-        carried = _companions(bundle, expert)
-        for file, source in carried.items():
-            _copy_companion(file, source, staged)
+        carried = copy_companions(bundle, expert, staged)
     meter.end_phase()
     return Exported(
         task=task,
@@ -233,10 +231,36 @@ def _write(bundle: Bundle, expert: Task, target: Path, max_shard_nbytes: int, me
     )
 
 
-def _companions(bundle: Bundle, expert: Task) -> dict[CompanionFile, Path]:
+def copy_companions(
+    bundle: Bundle, expert: Task, directory: Path, only: Collection[str] | None = None
+) -> tuple[CompanionFile, ...]:
+    """Copy a task's companion files to a directory, under their own names; their bytes are checked.
+
+    Args:
+        bundle: that has them.
+        expert: the task, as its table has it.
+        directory: is there.
+        only: names of those that are wanted; all by default.
+
+    Returns:
+        those that were copied: files that are no plain data are left out, with a warning.
+
+    Raises:
+        NotFetchedError: one of them is not here.
+        IntegrityError: one is not the one that was written.
+    """
+    carried = _companions(bundle, expert, only)
+    for file, source in carried.items():
+        _copy_companion(file, source, directory)
+    return tuple(carried)
+
+
+def _companions(bundle: Bundle, expert: Task, only: Collection[str] | None) -> dict[CompanionFile, Path]:
     """The companion files that are plain data: a bundle from elsewhere brings no code, no pickles, no other weights."""
     carried = {}
     for file in expert.table.files:
+        if only is not None and file.name not in only:
+            continue
         if not is_companion(file.name):
             warn(f"left out the companion file {file.name!r}: it is none of {', '.join(sorted(SUFFIXES))}")
             continue
@@ -248,9 +272,9 @@ def _companions(bundle: Bundle, expert: Task) -> dict[CompanionFile, Path]:
     return carried
 
 
-def _copy_companion(file: CompanionFile, source: Path, staged: Path) -> None:
+def _copy_companion(file: CompanionFile, source: Path, directory: Path) -> None:
     """Copy one companion file to its name; its bytes are checked against its sha256."""
-    destination = staged / file.name
+    destination = directory / file.name
     destination.parent.mkdir(parents=True, exist_ok=True)
     written = files.write_file(destination, source)
     if (written.size, written.sha256) != (file.size, file.sha256):

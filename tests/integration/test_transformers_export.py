@@ -5,217 +5,45 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import tokenizers
 import torch
 import transformers
-from huggingface_hub import constants as hub_constants
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tokenizers.normalizers import Lowercase
-from tokenizers.pre_tokenizers import ByteLevel, Whitespace
-from tokenizers.processors import TemplateProcessing
-from tokenizers.trainers import BpeTrainer, WordLevelTrainer
 
 import tallstore
 from tallstore.cli.app import main
 from tallstore.exporting import export
+from tallstore.transformers import from_bundle, tokenizer_from_bundle
 from tests.reference import same_bits
-
-SENTENCES = [
-    "the quick brown fox jumps over the lazy dog",
-    "win a free phone now, call this number",
-    "a film that is quiet, odd and very good",
-    "zażółć gęślą jaźń: 重み 🦊",
-]
-TASKS = ("one", "two", "three")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-SIZES = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 80,
-    "max_position_embeddings": 48,
-}
-IMAGES = {
-    "image_processor_type": "ViTImageProcessor",
-    "do_resize": True,
-    "size": {"height": 16, "width": 16},
-    "do_normalize": True,
-    "image_mean": [0.5, 0.4, 0.3],
-    "image_std": [0.5, 0.6, 0.7],
-}
-NAMED = {"one": ["ham", "spam"], "two": ["dull", "fair", "good"], "three": ["a", "b", "c", "d"]}
+from tests.transformers_models import (
+    DTYPES,
+    FAMILIES,
+    NAMED,
+    SENTENCES,
+    TASKS,
+    Family,
+    assert_same_outputs,
+    bert,
+    each,
+    go_offline,
+    pack,
+    save,
+    tuned,
+)
 
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
-    """Nothing here may ask the Hub; its client has read its settings long before."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
-    transformers.utils.logging.disable_progress_bar()
-
-
-# --- models and what belongs to them ----------------------------------------------------------------------------------
-
-
-def word_tokenizer():
-    """A tokenizer of words, as BERT has it, trained here."""
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="[UNK]"))  # noqa: S106 - a token of text
-    model.normalizer, model.pre_tokenizer = Lowercase(), Whitespace()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    model.train_from_iterator(SENTENCES, WordLevelTrainer(special_tokens=special))
-    model.post_processor = TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[(name, model.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
-    )
-    named = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=model, **named)
-
-
-def byte_tokenizer():
-    """A byte-level BPE with a chat template, as Llama has it, trained here."""
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.pre_tokenizer, model.decoder = ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
-    trainer = BpeTrainer(vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=ByteLevel.alphabet())
-    model.train_from_iterator(SENTENCES, trainer)
-    named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=model, **named)
-    tokenizer.chat_template = "{% for message in messages %}<s>{{ message['content'] }}</s>{% endfor %}"
-    return tokenizer
-
-
-def bert(**options):
-    return transformers.BertConfig(vocab_size=64, **SIZES, **options)
-
-
-def llama(**options):
-    return transformers.LlamaConfig(vocab_size=320, num_key_value_heads=2, **SIZES, **options)
-
-
-@dataclass(frozen=True)
-class Family:
-    """A kind of model: how the base is made, how a task's, what loads it, and what makes its tokenizer, if it has one.
-
-    A model's tensors have the same names in files and in modules, or `names_are_the_modules` is False.
-    """
-
-    base: object
-    expert: object
-    auto_class: type
-    inputs: object = None
-    names_are_the_modules: bool = True
-
-    def batch(self, dtype):
-        if self.inputs is None:
-            pixels = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)
-            return {"pixel_values": pixels.to(dtype)}
-        return {"input_ids": torch.arange(24).reshape(2, 12) + 5}
-
-
-def vit_config(**options):
-    return transformers.ViTConfig(
-        image_size=16, patch_size=4, **{key: SIZES[key] for key in list(SIZES)[:4]}, **options
-    )
-
-
-def labels(task):
-    return {"id2label": dict(enumerate(NAMED[task])), "label2id": {name: i for i, name in enumerate(NAMED[task])}}
-
-
-FAMILIES = {
-    "bert-classifier": Family(
-        lambda: transformers.BertForMaskedLM(bert()),
-        lambda task: transformers.BertForSequenceClassification(bert(**labels(task))),
-        transformers.AutoModelForSequenceClassification,
-        word_tokenizer,
-    ),
-    "bert-tied": Family(
-        lambda: transformers.BertForMaskedLM(bert(tie_word_embeddings=True)),
-        lambda _task: transformers.BertForMaskedLM(bert(tie_word_embeddings=True)),
-        transformers.AutoModelForMaskedLM,
-        word_tokenizer,
-    ),
-    "bert-untied": Family(
-        lambda: transformers.BertForMaskedLM(bert(tie_word_embeddings=False)),
-        lambda _task: transformers.BertForMaskedLM(bert(tie_word_embeddings=False)),
-        transformers.AutoModelForMaskedLM,
-        word_tokenizer,
-    ),
-    "llama": Family(
-        lambda: transformers.LlamaForCausalLM(llama()),
-        lambda _task: transformers.LlamaForCausalLM(llama()),
-        transformers.AutoModelForCausalLM,
-        byte_tokenizer,
-    ),
-    "vit": Family(
-        lambda: transformers.ViTForImageClassification(vit_config()),
-        lambda task: transformers.ViTForImageClassification(vit_config(**labels(task))),
-        transformers.AutoModelForImageClassification,
-        names_are_the_modules=False,
-    ),
-}
-
-
-def save(family, model, directory):
-    """Everything of a model, as its maker would save it."""
-    model.save_pretrained(directory)
-    if family.inputs is None:
-        (directory / "preprocessor_config.json").write_text(json.dumps(IMAGES))
-    else:
-        family.inputs().save_pretrained(directory)
-
-
-def tuned(family, task, base, dtype):
-    """A fine-tune of *base*: its own head, every weight of the rest moved."""
-    model = family.expert(task).to(dtype)
-    generator = torch.Generator().manual_seed(len(task))
-    known = base.state_dict()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            step = 0.02 * torch.randn(parameter.shape, generator=generator)
-            start = known[name] if name in known and known[name].shape == parameter.shape else parameter
-            parameter.copy_((start.float() + step).to(dtype))
-    return model.eval()
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Fine-tunes on disk, and their bundle."""
-
-    family: Family
-    dtype: torch.dtype
-    root: Path
-
-    @property
-    def base(self):
-        return self.root / "base"
-
-    def open(self):
-        return tallstore.open_bundle(self.root / "bundle", base=self.base)
+    go_offline(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def packed(request, tmp_path_factory):
-    """Three fine-tunes of one family in one dtype, packed; the base by reference."""
     name, dtype = request.param
-    family, root = FAMILIES[name], tmp_path_factory.mktemp(f"{name}-{dtype}")
-    torch.manual_seed(1)
-    base = family.base().to(DTYPES[dtype])
-    save(family, base, root / "base")
-    for task in TASKS:
-        save(family, tuned(family, task, base, DTYPES[dtype]), root / task)
-    report = tallstore.pack(root / "base", {task: root / task for task in TASKS}, root / "bundle")
-    assert report.advice == ()
-    return Packed(family, DTYPES[dtype], root)
-
-
-def each(*families, dtypes=("float32",)):
-    """Run a test on packed fine-tunes of *families*, in each of *dtypes*."""
-    pairs = [(name, dtype) for name in families for dtype in dtypes]
-    return pytest.mark.parametrize("packed", pairs, indirect=True, ids="-".join)
+    return pack(FAMILIES[name], DTYPES[dtype], tmp_path_factory.mktemp(f"{name}-{dtype}"))
 
 
 def load(auto_class, directory):
@@ -238,13 +66,6 @@ def assert_same_weights(model, state, scratch, *, without=frozenset()):
         assert same_bits(found[name], tensor), name
     known = {found[name].data_ptr() for name in state}
     assert {name for name, tensor in found.items() if tensor.data_ptr() not in known} == set(without)
-
-
-def assert_same_outputs(found, expected):
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(found[key], value), key
 
 
 # --- each family ------------------------------------------------------------------------------------------------------
@@ -399,7 +220,7 @@ def test_a_sentence_transformer_keeps_its_layout(tmp_path):
         "1_Pooling/config.json": {"word_embedding_dimension": 64, "pooling_mode_mean_tokens": True},
     }
     left = {"checkpoint-500/config.json": {}, "eval/similarity_results.json": {}, "onnx/config.json": {}}
-    family = Family(None, lambda _task: transformers.BertModel(bert()), transformers.AutoModel, word_tokenizer)
+    family = Family(None, lambda _task: transformers.BertModel(bert()), transformers.AutoModel)
     save(family, base, tmp_path / "base")
     for task in TASKS:
         save(family, tuned(family, task, base, torch.float32), tmp_path / task)
@@ -446,12 +267,15 @@ def test_experts_from_elsewhere(tmp_path):
             state = bundle.state_dict(task)
             state = {name: tensor for name, tensor in state.items() if name not in info["unexpected_keys"]}
             assert_same_weights(model, state, out, without=info["missing_keys"])
+            direct = from_bundle(bundle, task, transformers.AutoModel)
             built = transformers.AutoModel.from_config(model.config, dtype=model.dtype)
             assert set(built.load_state_dict(state, strict=False).missing_keys) == info["missing_keys"]
             tokenizer, original = (transformers.AutoTokenizer.from_pretrained(place) for place in (out, source))
             batch = tokenizer(SENTENCES, padding=True, return_tensors="pt")
             assert batch["input_ids"].tolist() == original(SENTENCES, padding=True)["input_ids"]
             with torch.inference_mode():
-                found, made = (encoder.eval()(**batch).last_hidden_state for encoder in (model, built))
+                found, made, got = (encoder.eval()(**batch).last_hidden_state for encoder in (model, built, direct))
             assert torch.equal(found, made)
+            assert torch.equal(found, got)
+            assert tokenizer_from_bundle(bundle, task)(SENTENCES) == original(SENTENCES)
             shutil.rmtree(out)
