@@ -6,6 +6,7 @@ import importlib
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import tallstore
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SHAPES = {"wide": (96, 64), "long": (5000,), "small": (7, 5)}
+COMPILED = [f"tallstore, verify={verify!r}, compiled before" for verify in ("never", "first-read")]
 OURS = ["tallstore, verify='never'", "tallstore"]
 COLD = [
     "tallstore, one expert, base and merged warm",
@@ -71,7 +73,8 @@ def test_every_way_to_load_is_in_the_tables(built, modules):
     for number, rows in enumerate(found):
         names = [row[0] for row in rows]
         assert names[0] == "safetensors, mmap + clone"
-        assert names[4:] == [chosen.name for chosen in peers] + OURS + COLD * (number % 2)
+        compiled = [] if find_spec("llvmlite") is None else COMPILED
+        assert names[4:] == [chosen.name for chosen in peers] + OURS + compiled + COLD * (number % 2)
         assert all(float(row[1]) > 0 for row in rows)
         assert float(rows[0][2]) == 1.0
     assert printed.count("One more task: ") == 2

@@ -91,7 +91,8 @@ def test_one_task_reads_well(bundle, capsys):
     assert not re.search(r"^tasks ", text, re.MULTILINE)
 
 
-def test_groups_that_were_made_alike_share_a_line(bundle, capsys):
+def test_groups_that_were_made_alike_share_a_line(bundle, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
     summary = summarise(bundle)
     (first,) = summary.groups
     alone = [replace(first, id=f"g{number:04d}", method="sign", parameters={}, tasks=1) for number in range(2, 40)]
