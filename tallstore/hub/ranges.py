@@ -16,10 +16,11 @@ from tallstore.format.manifest import FileEntry
 from tallstore.hub.pinned import PinnedRepository
 
 # A range costs three waits one after the other (header, index, tensor), a whole shard four and its bytes. With 50 ms to
-# the Hub and 125 MB/s, one tensor of 1/32 of a shard took 0.16 s by range and 0.23 s by shard of 4 MiB, 0.17 and
-# 0.42 s of 16 MiB, 0.45 and 1.6 s of 64 MiB; one of 1/8 took 0.17 and 0.22, 0.20 and 0.48, 0.66 and 1.5 s. So a single
-# tensor always comes sooner by range; but a shard is in the cache then, for the next tensor, the next process, and
-# offline. It is left on the Hub where waiting for it is felt, for as much of it as costs less than half of the wait.
+# a loopback Hub and 125 MB/s, measured once, one tensor of 1/32 of a shard took 0.16 s by range and 0.23 s by shard of
+# 4 MiB, 0.17 and 0.42 s of 16 MiB, 0.45 and 1.6 s of 64 MiB; one of 1/8 took 0.17 and 0.22, 0.20 and 0.48, 0.66 and
+# 1.5 s. So a single tensor always comes sooner by range; but a shard is in the cache then, for the next tensor, the
+# next process, and offline. It is left on the Hub where waiting for it is felt, for as much of it as costs less than
+# half of the wait.
 LARGE_NBYTES: Final = 32 << 20
 LARGEST_SHARE: Final = 1 / 8
 

@@ -76,6 +76,7 @@ def kernel_of(form: Form) -> Kernel:
 
 def decode(packed: Packed) -> None:
     """Write every piece to its destination, as if the CPU were another device; see `Decode`."""
+    packed = packed.together()
     kernel, form = kernel_of(packed.form), packed.form
     table = packed.region("table", torch.int64).view(-1, COLUMNS).tolist()
     scales = packed.regions["scales"].data_ptr()

@@ -69,6 +69,7 @@ class DeviceMemory:
         self._sender = Sender(device, decode)
         self._shared: dict[Hashable, Tensor] = {}
         self._tasks = OrderedDict[str, _Held]()  # the one used last at the end
+        self._is_loose = False  # a task has gone, perhaps with the last use of a shared vector
 
     @classmethod
     def on(cls, device: torch.device, limit_nbytes: int) -> DeviceMemory | None:
@@ -136,6 +137,7 @@ class DeviceMemory:
     def forget(self) -> None:
         """Forget the tasks; what they share stays for the next one."""
         self._tasks.clear()
+        self._is_loose = True
 
     def _bring(self, pieces: Iterable[Piece]) -> None:
         """Have all that the pieces have in common with other tasks."""
@@ -166,6 +168,10 @@ class DeviceMemory:
             if total <= self._limit:
                 break
             total -= self._tasks.pop(name).nbytes
+            self._is_loose = True
+        if not self._is_loose:
+            return  # this is done at every switch, and takes longer the more tasks there are
+        self._is_loose = False
         used = frozenset[Hashable]().union(*(held.keys for held in self._tasks.values()))
         for key in [key for key in self._shared if isinstance(key, VectorKey) and key not in used]:
             del self._shared[key]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,11 +40,8 @@ from tallstore.format.payloads import (
 from tallstore.format.shard_reader import PayloadReader
 from tallstore.loading.forms import form_of, shared_roles
 from tallstore.loading.own_values import OwnValues
-from tallstore.loading.packed import BITS, Form, Piece, Region, Rows, Scaled, Source
+from tallstore.loading.packed import BITS, NARROW, Form, Piece, Region, Rows, Scaled, Source
 from tallstore.loading.pinned_base import PinnedBase
-
-#: What is summed in float32 and cast between each other; sums in float64, and casts from it, are the CPU's.
-_NARROW: Final = frozenset({"F16", "BF16", "F32"})
 
 
 class BaseKey(NamedTuple):
@@ -74,13 +72,12 @@ def is_for_device(task: Task, tensor: Whole, wanted: Dtype) -> bool:
     dtypes = {tensor.dtype, wanted}
     if isinstance(tensor, BasedTensor):
         dtypes.add(task.base[tensor.base_name].dtype)
-    return dtypes <= _NARROW or (len(dtypes) == 1 and coded_part(tensor) is None)
+    return dtypes <= NARROW if coded_part(tensor) is not None else is_copied_there(dtypes)
 
 
-def is_copied_there(stored: Dtype, own: Dtype, wanted: Dtype) -> bool:
-    """Whether the base's elements can be cast on a device; arguments as for `base_pieces`."""
-    dtypes = {stored, own, wanted}
-    return dtypes <= _NARROW or len(dtypes) == 1
+def is_copied_there(dtypes: AbstractSet[Dtype]) -> bool:
+    """Whether elements can be copied to a device that are stored, rounded and wanted in these dtypes."""
+    return dtypes <= NARROW or len(dtypes) == 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,7 +110,7 @@ class DeviceWrites:
         if wanted is None or not is_sent(tensor) or self._memory(tensor.device) is None:
             return False
         if isinstance(content, OfBase):
-            return is_copied_there(content.tensor.dtype, DTYPE_NAMES[content.dtype], wanted)
+            return is_copied_there({content.tensor.dtype, DTYPE_NAMES[content.dtype], wanted})
         if isinstance(content, OfExpert):
             return is_for_device(content.expert.task, content.expert.task.tensor(content.name), wanted)
         return False

@@ -25,8 +25,8 @@ from tallstore.loading.compiled import CompiledElements, open_compiled
 from tallstore.loading.decode import copy_cast
 from tallstore.loading.forms import form_of
 from tallstore.loading.fresh_memory import Wanted, fresh, refuse_too_large
-from tallstore.loading.kernels import NARROW, kernels
-from tallstore.loading.packed import Form
+from tallstore.loading.kernels import kernels
+from tallstore.loading.packed import NARROW, Form
 from tallstore.loading.pieces import Cut, Piece, Section, Source, jobs
 from tallstore.loading.pinned_base import PinnedBase
 from tallstore.loading.resident import ResidentFiles

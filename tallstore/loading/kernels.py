@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Final
 
 from tallstore.loading import decode_torch
 from tallstore.loading.agreement import agree
-from tallstore.loading.packed import Form
+from tallstore.loading.packed import NARROW, Form
 
 if TYPE_CHECKING:
     from tallstore.loading.decode_llvm import Kernel
 
 #: Elements of one form: torch takes some 2 ns longer for each of them; to load LLVM and compile a function takes 60 ms.
 _WORTH_NUMEL: Final = 1 << 25
-NARROW: Final = frozenset({"F16", "BF16", "F32"})
-"""The dtypes that compiled functions take and give."""
 
 
 class Kernels:

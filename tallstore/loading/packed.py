@@ -39,6 +39,9 @@ BITS: Final[Mapping[int, tuple[Dtype, torch.dtype]]] = {
 }
 """Integers that hold an element's bits, by its bytes: what is copied as such keeps every bit."""
 
+NARROW: Final = frozenset({"F16", "BF16", "F32"})
+"""What is summed in float32 and cast between each other; sums in float64, and casts from it, are plain torch's."""
+
 Kind: TypeAlias = Literal["same", "mask", "signed", "two-level", "sign", "sparse", "uniform"]
 Scaled: TypeAlias = Literal["values", "values_lo", "centre"]
 Region: TypeAlias = Literal["table", "blocks", "scales", "base", "codes", "values", "values_lo", "centre", "ranks"]

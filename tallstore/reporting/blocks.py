@@ -80,26 +80,14 @@ def _place(name: str) -> tuple[int, bool, list[tuple[int, str]]]:
 
 
 @dataclass(frozen=True)
-class MaskedBlock:
-    """The masks over a block.
+class MaskedBlock(TensorStatistics):
+    """The masks over a block, counted as over one tensor of its name.
 
     Attributes:
         block: its tensors.
-        numel: their weights.
-        claimed, weights: by task, how many its mask claims, and how many it could.
-        claimed_by: how many weights are claimed by exactly 0, 1, …, N masks.
     """
 
     block: Block
-    numel: int
-    claimed: tuple[int, ...]
-    weights: tuple[int, ...]
-    claimed_by: tuple[int, ...]
-
-    @property
-    def densities(self) -> tuple[float | None, ...]:
-        """By task, the share of weights that its mask claims; None where it has none of them."""
-        return tuple(part / whole if whole else None for part, whole in zip(self.claimed, self.weights, strict=True))
 
     @property
     def density(self) -> float | None:
@@ -124,6 +112,7 @@ def _masked(block: Block, tensors: Sequence[TensorStatistics], tasks: int) -> Ma
         weights += tensor.weights
         claimed_by += tensor.claimed_by
     return MaskedBlock(
+        name=block.label,
         block=block,
         numel=sum(tensor.numel for tensor in tensors),
         claimed=tuple(claimed.tolist()),

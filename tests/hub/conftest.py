@@ -43,6 +43,27 @@ def client(hub, plain_process, tmp_path):
     return Client(plain_process, hub.url, hub.token, tmp_path)
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder with a base and its fine-tunes."""
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def running():
+    """A Hub for all tests of a file."""
+    with LoopbackHub() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def process(running, tmp_path_factory):
+    """Two processes with a client of that Hub."""
+    home = tmp_path_factory.mktemp("home")
+    with client_process(running.url, home, token=running.token, processes=2) as started:
+        yield started
+
+
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory):
     """The folder of bundles of "two" and "three" tasks of one base, and of two tasks of another ("elsewhere").

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import re
 import traceback
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import tallstore
 from tallstore.cli import completion
 from tallstore.hub import ranges, retrying
 from tests import command_line
+from tests.hub.listening import listening
 
 NAMES = [f"task {letter}" for letter in "abcdefghijklmnopqrst"]
 
@@ -57,7 +56,7 @@ def start(
 def _call(function: Callable[..., Any], arguments: Sequence[Any], options: dict[str, Any]) -> Outcome:
     retrying._WAITS = (0.001,) * 4
     outcome = Outcome()
-    with _listening() as records, warnings.catch_warnings(record=True) as warned:
+    with listening() as records, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
             outcome.value = function(*arguments, **options)
@@ -67,22 +66,6 @@ def _call(function: Callable[..., Any], arguments: Sequence[Any], options: dict[
     outcome.warnings = [str(warning.message) for warning in warned]
     outcome.said += "\n".join(records)
     return outcome
-
-
-@contextmanager
-def _listening() -> Iterator[list[str]]:
-    records: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
-    loggers = [logging.getLogger(name) for name in (None, "huggingface_hub", "httpx2", "httpcore2")]
-    for logger in loggers:
-        logger.addHandler(handler)
-        logger.setLevel(logging.DEBUG)
-    try:
-        yield records
-    finally:
-        for logger in loggers:
-            logger.removeHandler(handler)
 
 
 def name_of(request: pytest.FixtureRequest) -> str:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor, Future
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import tallstore
 from tallstore.format import layout
 from tallstore.hub import repository
 from tests.command_line import run
+from tests.hub.listening import listening
 from tests.hub.loopback import LoopbackHub
 
 REPO = "user/experts"
@@ -106,7 +105,7 @@ def _connect(url: str) -> None:
 def _push(url: str, path: Path, repo_id: str, options: dict[str, object]) -> Outcome:
     _connect(url)
     outcome = Outcome()
-    with _listening() as records, warnings.catch_warnings(record=True) as warned:
+    with listening() as records, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
             made = tallstore.push(path, repo_id, progress=lambda *told: outcome.progress.append(told), **options)
@@ -117,19 +116,3 @@ def _push(url: str, path: Path, repo_id: str, options: dict[str, object]) -> Out
     outcome.warnings = [str(warning.message) for warning in warned]
     outcome.said += "\n".join(records)
     return outcome
-
-
-@contextmanager
-def _listening() -> Iterator[list[str]]:
-    records: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
-    loggers = [logging.getLogger(name) for name in (None, "huggingface_hub", "httpx2", "httpcore2")]
-    for logger in loggers:
-        logger.addHandler(handler)
-        logger.setLevel(logging.DEBUG)
-    try:
-        yield records
-    finally:
-        for logger in loggers:
-            logger.removeHandler(handler)

@@ -18,7 +18,6 @@ from tallstore.hub import front_matter
 from tallstore.hub.card import BEGIN, END, MAX_ROWS, TAGS, render
 from tallstore.inspecting.summary import BaseSummary, BundleSummary, GroupSummary, TaskSummary, summarise
 from tallstore.sizes import readable
-from tests.model_directories import save_models
 
 REPO = "user/experts"
 PIN = "a" * 40
@@ -96,11 +95,6 @@ def test_the_licence_that_is_given_stays():
     assert metadata(card(remote=given, licence_of=lambda *_: {"license": "gpl"}))["license"] == "mit"
     # Also where the text here is another: what the Hub says of the licence is not lost.
     assert metadata(card(local="# Here\n", remote=given.replace("# Mine\n", "")))["license"] == "mit"
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return save_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.mark.parametrize("embedded", [False, True])

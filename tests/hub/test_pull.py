@@ -17,7 +17,7 @@ import pytest
 import tallstore
 from tallstore.format import layout
 from tests.hub import pulls
-from tests.hub.client_process import client_environment, client_process
+from tests.hub.client_process import client_environment
 from tests.hub.loopback import LoopbackHub
 from tests.hub.loopback.faults import Delay, Drop, Hold, Status, Tamper, Truncate
 from tests.hub.pulls import call, contents, digests, start
@@ -25,26 +25,9 @@ from tests.model_directories import expert_tensors, pack_models, save_model, sav
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return save_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
 def bundle(models):
     """Three tasks with companion files, and their base."""
     return pack_models(models, models / "bundle", embed_base=True, method=tallstore.Sign())
-
-
-@pytest.fixture(scope="module")
-def running():
-    with LoopbackHub() as hub:
-        yield hub
-
-
-@pytest.fixture(scope="module")
-def process(running, tmp_path_factory):
-    with client_process(running.url, tmp_path_factory.mktemp("home"), token=running.token, processes=2) as started:
-        yield started
 
 
 @dataclass

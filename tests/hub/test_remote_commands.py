@@ -9,32 +9,13 @@ import pytest
 import tallstore
 from tallstore.format import layout
 from tests.hub import pulls
-from tests.hub.client_process import client_process
-from tests.hub.loopback import LoopbackHub
 from tests.hub.pulls import call, command, contents
-from tests.model_directories import pack_models, save_models
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return save_models(tmp_path_factory.mktemp("models"))
+from tests.model_directories import pack_models
 
 
 @pytest.fixture(scope="module")
 def bundle(models):
     return pack_models(models, models / "bundle", embed_base=True, method=tallstore.TallMask())
-
-
-@pytest.fixture(scope="module")
-def running():
-    with LoopbackHub() as hub:
-        yield hub
-
-
-@pytest.fixture(scope="module")
-def process(running, tmp_path_factory):
-    with client_process(running.url, tmp_path_factory.mktemp("home"), token=running.token) as started:
-        yield started
 
 
 @pytest.fixture

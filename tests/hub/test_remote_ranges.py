@@ -8,7 +8,6 @@ import torch
 import tallstore
 from tallstore.format.dtypes import CHUNK_NUMEL
 from tests.hub import pulls
-from tests.hub.client_process import client_process
 from tests.hub.loopback import LoopbackHub
 from tests.hub.loopback.faults import Drop, Fault, Status, Tamper, Truncate
 from tests.hub.pulls import call, contents, ranged
@@ -35,12 +34,6 @@ def running(bundle):
     with LoopbackHub() as hub:
         hub.add("user/bundle").push(contents(bundle))
         yield hub
-
-
-@pytest.fixture(scope="module")
-def process(running, tmp_path_factory):
-    with client_process(running.url, tmp_path_factory.mktemp("home"), token=running.token) as started:
-        yield started
 
 
 @pytest.fixture
