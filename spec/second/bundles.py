@@ -23,6 +23,7 @@ class Draft:
         manifest: without its files.
         documents: the other JSON files; `Payload`s stand where references will.
         others: files that are only bytes.
+        beside: files that are not the bundle's, and not listed.
         edits: after the payloads were placed into shards; all hashes are computed afterwards.
         shards: by path, from then on.
         listing: on the manifest after it lists the files.
@@ -35,6 +36,7 @@ class Draft:
     manifest: Json
     documents: dict[str, Json]
     others: dict[str, bytes]
+    beside: dict[str, bytes] = field(default_factory=dict)
     expected: dict[str, Array] = field(default_factory=dict)
     pool_codec: str = "raw"
     edits: list[Callable[[Draft], None]] = field(default_factory=list)
@@ -123,11 +125,11 @@ def seal(draft: Draft) -> dict[str, bytes]:
             entry["header_xxh3"] = entry["header_xxh3"] or xxhash.xxh3_128_hexdigest(head)
             entry["index_xxh3"] = entry["index_xxh3"] or xxhash.xxh3_128_hexdigest(index)
         files[path] = draft.text.get(path, bytes)(dump(document))
-    outside = ("README.md", ".gitattributes")
-    listed = [listing_entry(path, files[path]) for path in sorted(files) if path not in outside]
+    listed = [listing_entry(path, files[path]) for path in sorted(files)]
     manifest = draft.manifest | {"files": listed}
     for change in draft.listing:
         change(manifest)
+    files |= draft.beside
     files[MANIFEST] = seal_manifest(draft.text.get(MANIFEST, bytes)(dump(manifest)))
     for alter in draft.late:
         alter(files)

@@ -250,7 +250,9 @@ FILES = {
         "one bit of a companion", late(lambda files: files.update({COMPANION_PATH: b'{"labels": 11}\n'}))
     ),
     "file-2-name": anywhere("a companion is not named after its sha256", misname_companion),
-    "file-3-foreign": verify("a file that is not listed", late(lambda files: files.update({"notes.txt": b"x\n"}))),
+    "file-3-foreign": verify(
+        "a file that is not listed", late(lambda files: files.update({"tasks/notes.txt": b"x\n"}))
+    ),
     "file-3-left-over": verify(
         "an old shard that is not listed",
         late(lambda files: files.update({MASK_SHARD.replace("mask-00001", "mask-00002"): files[MASK_SHARD]})),

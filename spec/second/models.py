@@ -292,4 +292,4 @@ def assemble(base: Base, groups: Sequence[Group], tasks: Sequence[Task]) -> Draf
     for task in tasks:
         others |= {f"files/{hashlib.sha256(content).hexdigest()}": content for content in task.companions.values()}
     expected = {f"{task.name}/{name}": tensor for task in tasks for name, tensor in task.expected.items()}
-    return Draft(manifest, documents, others, expected)
+    return Draft(manifest, documents, others, expected=expected)

@@ -439,7 +439,7 @@ def same_alias_dropped() -> Valid:
 
 
 def companions() -> Valid:
-    """Companion files, one of them shared by two tasks; README.md and .gitattributes, which nothing is said about."""
+    """Companion files, one of them shared by two tasks; files beside the bundle's, which nothing is said about."""
     base = small_base()
     group = small_group(base)
     tasks = [Task(group, "mnist"), Task(group, "Café ☕ / 書", "cafe")]
@@ -452,7 +452,13 @@ def companions() -> Valid:
     tasks[1].companions["tokenizer/vocab.txt"] = "é\n".encode()
     tasks[1].companions["empty.txt"] = b""
     draft = assemble(base, [group], tasks)
-    draft.others |= {"README.md": b"# A bundle\n", ".gitattributes": b"*.safetensors filter=lfs\n"}
+    draft.beside |= {
+        "README.md": b"# A bundle\n",
+        ".gitattributes": b"*.safetensors filter=lfs\n",
+        "LICENSE": b"Apache-2.0\n",
+        "plots/sizes.txt": b"###\n",
+        "tasks/.hidden": b"a file system's\n",
+    }
     return Valid(draft, "FILE-3 MAN-5 PATH-1")
 
 

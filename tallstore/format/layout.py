@@ -15,8 +15,8 @@ from tallstore.errors import FormatError
 MANIFEST = "tallstore.json"
 BASE_TABLE = "base.json"
 BASE_DIRECTORY = "base"
-#: Files of a bundle that are outside its integrity: the user's to edit.
-OUTSIDE_INTEGRITY = frozenset({MANIFEST, "README.md", ".gitattributes"})
+# Where nothing may lie that the manifest does not list (FILE-3); what is elsewhere is the user's.
+_OWN_DIRECTORIES = frozenset({BASE_DIRECTORY, "groups", "tasks", "files"})
 
 _DEVICE = r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])"
 _SLUG = rf"(?!{_DEVICE}(?:/|$))[a-z0-9][a-z0-9_-]{{0,63}}"
@@ -68,6 +68,12 @@ def companion_path(sha256: str) -> str:
 def is_bundle_path(path: str) -> bool:
     """Whether *path* is one that a manifest may list (PATH-1)."""
     return _PATH_PATTERN.fullmatch(path) is not None
+
+
+def is_own_place(path: str) -> bool:
+    """Whether *path* is one where only what the manifest lists may lie (FILE-3)."""
+    first, *rest = path.split("/")
+    return first in _OWN_DIRECTORIES and bool(rest) and not any(part.startswith(".") for part in rest)
 
 
 def is_slug(slug: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from tallstore import verifying
 from tallstore.errors import FormatError, HubError, IntegrityError
@@ -80,8 +80,8 @@ def _check(snapshot: Snapshot) -> Problems:
         elif told[file.path].sha256 is None and file.git_oid is None:
             yield from _check_content(snapshot, file)
     files = {file.path for file in manifest.files}
-    for path in sorted(told.keys() - files - layout.OUTSIDE_INTEGRITY):
-        if not (PurePosixPath(path).parts[0].startswith(".") and "/" in path):
+    for path in sorted(told.keys() - files):
+        if layout.is_own_place(path):
             yield FormatError("FILE-3", path[:200], "is not listed in the manifest; remove it")
 
 

@@ -241,17 +241,16 @@ def _check_referred(bundle: _Bundle) -> Problems:
 
 
 def _check_unlisted(bundle: _Bundle) -> Problems:
-    """FILE-3: nothing is in the directory that the manifest does not list."""
+    """FILE-3: nothing is in the bundle's own directories that the manifest does not list."""
     directories = {parent.as_posix() for path in bundle.files for parent in PurePosixPath(path).parents}
     for folder, folders, names in os.walk(bundle.root):
         folders.sort()
         inside = Path(folder).relative_to(bundle.root)
-        if folder == str(bundle.root):  # what git and the Hub's client keep there
-            folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if layout.is_own_place(f"{(inside / name).as_posix()}/any")]
         links = [name for name in folders if (Path(folder) / name).is_symlink()]
         for path in sorted((inside / name).as_posix() for name in names + links):
             # A link in the place of a listed file's directory was reported with the file.
-            if path not in bundle.files and path not in layout.OUTSIDE_INTEGRITY and path not in directories:
+            if path not in bundle.files and layout.is_own_place(path) and path not in directories:
                 shown = os.fsencode(path).decode("utf-8", "backslashreplace")
                 yield FormatError("FILE-3", shown, "is not listed in the manifest; remove it")
 

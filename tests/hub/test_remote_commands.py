@@ -144,7 +144,7 @@ def test_verify_downloads_the_manifest_alone(running, run, repo_id):
         ("tasks/task1/mask-00001-of-00001.safetensors", "FILE-2"),
         ("tasks/task1/task.json", "FILE-5"),
         ("base.json", "FILE-1"),
-        ("more.txt", "FILE-3"),
+        ("files/more.txt", "FILE-3"),
     ],
 )
 def test_verify_finds_another_file(running, run, repo_id, path, rule):

@@ -147,7 +147,7 @@ def seal(root, tasks, *, embedded=True):
     listed = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
     files = []
     for path in listed:
-        if path in layout.OUTSIDE_INTEGRITY:
+        if not layout.is_bundle_path(path):
             continue
         written = hash_file(root / path)
         oid = None if path.endswith(".safetensors") else written.git_oid
@@ -257,25 +257,26 @@ def test_memory_does_not_grow_with_the_bundle(tmp_path):
 
 
 def test_a_problem_is_one_line(bundle):
-    (bundle / "line\nbreak\N{LINE SEPARATOR}").write_bytes(b"")
+    (bundle / "files" / "line\nbreak\N{LINE SEPARATOR}").write_bytes(b"")
     (problem,) = verify(bundle)
-    assert str(problem) == "line\\nbreak\\u2028: is not listed in the manifest; remove it [FILE-3]"
+    assert str(problem) == "files/line\\nbreak\\u2028: is not listed in the manifest; remove it [FILE-3]"
     with pytest.raises(FrozenInstanceError):
         problem.rule = "FILE-1"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems know no names that are not UTF-8")
 def test_a_name_that_is_not_utf_8_can_be_shown(bundle):
-    (bundle / os.fsdecode(b"\xff")).write_bytes(b"")
-    assert found(bundle) == [("FILE-3", "\\xff")]
+    (bundle / "files" / os.fsdecode(b"\xff")).write_bytes(b"")
+    assert found(bundle) == [("FILE-3", "files/\\xff")]
 
 
-def test_directories_of_other_programs_are_left_alone(bundle):
-    """A clone keeps .git at the top, the Hub's client .cache; the same names further down are strays."""
-    for place in (".git", ".cache", "tasks/.git"):
-        (bundle / place).mkdir()
-        (bundle / place / "HEAD").write_text("ref")
-    assert found(bundle) == [("FILE-3", "tasks/.git/HEAD")]
+def test_what_others_keep_beside_the_bundle_is_left_alone(bundle):
+    """A clone has .git, the Hub's client .cache, people licences and pictures, file systems hidden files."""
+    for place in (".git/HEAD", ".cache/x/y", "LICENSE", "plots/sizes.png", "tasks/.DS_Store", "groups/g0001/.nfs01"):
+        (bundle / place).parent.mkdir(parents=True, exist_ok=True)
+        (bundle / place).write_text("theirs")
+    (bundle / "link").symlink_to("tasks")
+    assert verify(bundle) == []
 
 
 # --- every problem, not the first -------------------------------------------------------------------------------------
@@ -290,7 +291,7 @@ def test_problems_of_many_files_are_all_found(bundle):
     (bundle / "tasks/mnist" / PRIVATE).unlink()
     with (bundle / "tasks/mnist" / MASK).open("ab") as file:
         file.write(b"more")
-    (bundle / "notes.txt").write_bytes(b"x")
+    (bundle / "tasks/notes.txt").write_bytes(b"x")
     edit(bundle / "tasks/mnist/task.json", b'"gain":1.5', b'"gain":0.1')
     problems = found(bundle)
     assert set(problems) == {
@@ -304,7 +305,7 @@ def test_problems_of_many_files_are_all_found(bundle):
         ("FILE-4", "tasks/mnist/" + PRIVATE),
         ("FILE-1", "tasks/mnist/" + MASK),
         ("ST-2", "tasks/mnist/" + MASK),
-        ("FILE-3", "notes.txt"),
+        ("FILE-3", "tasks/notes.txt"),
         ("FILE-2", "tasks/mnist/task.json"),
         ("NUM-1", "tasks/mnist/task.json, tensor 'w'"),
     }
@@ -507,17 +508,18 @@ def test_a_group_that_no_task_here_needs_may_be_half_here(bundle):
 
 def test_files_that_nobody_lists_are_found_wherever_they_are(bundle):
     (bundle / "tasks/cars/old").mkdir()
-    for path in ["tasks/cars/old/x", "tasks/cars/.hidden", "tasks/cars/README.md", "a", ".partial"]:
+    (bundle / "groups/g0009").mkdir()
+    for path in ["tasks/cars/old/x", "tasks/cars/README.md", "tasks/a", "groups/g0009/group.json", "base/more"]:
         (bundle / path).write_bytes(b"")
-    (bundle / "link").symlink_to("tasks")
-    (bundle / "empty").mkdir()
+    (bundle / "tasks/link").symlink_to("cars")
+    (bundle / "tasks/empty").mkdir()
     assert {where for rule, where in found(bundle) if rule == "FILE-3"} == {
         "tasks/cars/old/x",
-        "tasks/cars/.hidden",
         "tasks/cars/README.md",
-        "a",
-        ".partial",
-        "link",
+        "tasks/a",
+        "groups/g0009/group.json",
+        "base/more",
+        "tasks/link",
     }
 
 
