@@ -28,10 +28,11 @@ from second.shards import safetensors
 from second.valid import LIBZSTD_FRAMES
 from second.valid import VALID as VALID_FIRST
 from second.valid_centre import VALID_CENTRE
+from second.valid_grown import VALID_GROWN
 from second.valid_kinds import VALID_KINDS
 
 VECTORS = Path(__file__).parent / "vectors"
-VALID = VALID_FIRST | VALID_KINDS | VALID_CENTRE
+VALID = VALID_FIRST | VALID_KINDS | VALID_CENTRE | VALID_GROWN
 INVALID = INVALID_FIRST | INVALID_KINDS
 
 

@@ -326,6 +326,7 @@ class Bundle:
             generator="tests",
             required_features=(),
             base=manifest.BasePin(repo_id=self.repo_id, revision=None, embedded=self.embed),
+            next_group=max((layout.group_number(group.id) for group in groups), default=0) + 1,
             groups=groups,
             tasks=tasks,
             files=listed,

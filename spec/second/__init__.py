@@ -11,7 +11,8 @@ shards      payloads, and the safetensors files that they lie in
 bundles     a bundle from its tables to its sealed files
 models      bases, groups and tasks, and what each task decodes to
 content     pseudo-random numbers
-valid       the valid vectors; valid_kinds and valid_centre: those of further kinds, and of a centre
+valid       the valid vectors; valid_kinds and valid_centre: those of further kinds, and of a centre; valid_grown: of
+            bundles that grew
 kernels     the bundles that invalid vectors break
 breaking    ways to break a bundle in one place
 invalid     the invalid vectors; invalid_kinds: those of further kinds, and of a centre

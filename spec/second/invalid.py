@@ -32,6 +32,7 @@ from second.breaking import (
     file_edit,
     float_vector,
     given_base,
+    group_twelve,
     header,
     header_text,
     large_window,
@@ -136,6 +137,10 @@ JSON_FILES = {
     "json-3-sha256": anywhere("capital digits", manifest("files", BASE_JSON, "sha256", value="F" * 64)),
     "json-3-slug": anywhere("a capital in a slug", manifest("tasks", 0, "slug", value="Mnist")),
     "json-3-group": anywhere("a short group id", manifest("groups", 0, "id", value="g1")),
+    "json-3-next-group-missing": anywhere("no next group", manifest("next_group", value=REMOVE)),
+    "json-3-next-group-zero": anywhere("a next group of 0", manifest("next_group", value=0)),
+    "json-3-next-group-large": anywhere("a next group beyond 10,000", manifest("next_group", value=10_001)),
+    "json-3-next-group-text": anywhere("an id for the next group's number", manifest("next_group", value="g0002")),
     "json-3-revision": anywhere("a branch for a commit", manifest("base", "revision", value="main")),
     "json-3-task-name": anywhere("a control character", manifest("tasks", 0, "name", value="a\nb")),
     "json-3-dtype": load("not a dtype's name", tensor("head", "dtype", value="float32")),
@@ -188,6 +193,8 @@ MANIFESTS = {
     "man-5-shard": load("a shard of the task is not listed", unlisted(MASK_SHARD)),
     "man-5-merged": load("a shard of the group is not listed", unlisted(MERGED_SHARD)),
     "man-5-companion": load("a companion file is not listed", unlisted(COMPANION_PATH)),
+    "man-6-next-group": anywhere("the next group's number is a listed group's", manifest("next_group", value=1)),
+    "man-6-grown": anywhere("the next group's number is below a listed group's", group_twelve),
 }
 
 PATHS = {

@@ -59,7 +59,7 @@ class Group:
     """A group: shared vectors, and the table that describes them."""
 
     def __init__(self, base: Base, number: int = 1, method: str = "signed-mask") -> None:
-        self.base, self.id = base, f"g{number:04d}"
+        self.base, self.number, self.id = base, number, f"g{number:04d}"
         self.method: Json = {"name": method, "parameters": {"threshold": 1.2}}
         self.vectors: list[Json] = []
         self.shared: dict[tuple[str, str], Vector] = {}  # by tensor and role
@@ -282,6 +282,7 @@ def assemble(base: Base, groups: Sequence[Group], tasks: Sequence[Task]) -> Draf
         "generator": "make_vectors",
         "required_features": [],
         "base": pin,
+        "next_group": max((group.number for group in groups), default=0) + 1,
         "groups": [{"id": group.id, "method": group.method} for group in groups],
         "tasks": [task.manifest_entry() for task in tasks],
     }

@@ -35,6 +35,16 @@ _PATH_PATTERN = re.compile(
 _MAX_COMPANION_SEGMENTS = 3
 
 
+def group_id(number: int) -> str:
+    """The id of the group *number*."""
+    return f"g{number:04d}"
+
+
+def group_number(group: str) -> int:
+    """The number in a group's id."""
+    return int(group[1:])
+
+
 def group_directory(group: str) -> str:
     """A group's directory in the bundle."""
     return f"groups/{group}"

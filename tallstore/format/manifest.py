@@ -16,6 +16,7 @@ from tallstore.format.dtypes import Dtype
 FORMAT_VERSION = "1.0-draft"
 
 MAX_TASKS = 100_000
+MAX_GROUPS = 9_999
 MAX_TENSORS = 1_000_000
 MAX_SHARDS = 99_999
 MAX_NUMEL = 1 << 40
@@ -30,6 +31,7 @@ TaskName = Annotated[str, Meta(min_length=1, max_length=256, pattern=rf"^[^{_CON
 TensorName = Annotated[str, Meta(min_length=1, max_length=1024, pattern=rf"^[^{_CONTROL}]*$(?!\n)")]
 Slug = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$(?!\n)")]
 GroupId = Annotated[str, Meta(pattern=r"^g[0-9]{4}$(?!\n)")]
+NextGroup = Annotated[int, Meta(ge=1, le=MAX_GROUPS + 1)]
 RepoId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,96}(/[A-Za-z0-9_.-]{1,96})?$(?!\n)")]
 Shape = Annotated[tuple[Natural, ...], Meta(max_length=16)]
 RowAxes = Natural
@@ -138,7 +140,11 @@ class FileEntry(_Part, frozen=True, kw_only=True):
 
 
 class Manifest(_Part, frozen=True, kw_only=True):
-    """tallstore.json: what is in the bundle, and the hash of every file."""
+    """tallstore.json: what is in the bundle, and the hash of every file.
+
+    Attributes:
+        next_group: the number of the next group that is added; larger than that of every group there is or was.
+    """
 
     format: Literal["tallstore"]
     format_version: str
@@ -146,7 +152,8 @@ class Manifest(_Part, frozen=True, kw_only=True):
     generator: str
     required_features: tuple[str, ...]
     base: BasePin
-    groups: Annotated[tuple[GroupEntry, ...], Meta(max_length=9_999)]
+    next_group: NextGroup
+    groups: Annotated[tuple[GroupEntry, ...], Meta(max_length=MAX_GROUPS)]
     tasks: Annotated[tuple[TaskEntry, ...], Meta(max_length=MAX_TASKS)]
     files: tuple[FileEntry, ...]
 

@@ -71,7 +71,7 @@ def refuse(problems: Problems) -> None:
 
 
 def check_manifest(manifest: Manifest) -> Problems:
-    """MAN-2, MAN-3, MAN-5, PATH-1, FILE-2, FILE-5: names and paths, once each, and what they refer to."""
+    """MAN-2, MAN-3, MAN-5, MAN-6, PATH-1, FILE-2, FILE-5: names and paths, once each, and what they refer to."""
     where = layout.MANIFEST
     for noun, names in (
         ("group", [group.id for group in manifest.groups]),
@@ -83,6 +83,11 @@ def check_manifest(manifest: Manifest) -> Problems:
             yield FormatError("MAN-2", where, f"lists the {noun} {name!r} twice")
     if any(after.path < before.path for before, after in pairwise(manifest.files)):
         yield FormatError("MAN-2", where, "does not list its files sorted by path")
+    for group in manifest.groups:
+        if layout.group_number(group.id) >= manifest.next_group:
+            yield FormatError(
+                "MAN-6", where, f"its next_group is {manifest.next_group}, and it lists the group {group.id!r}"
+            )
     paths = {file.path for file in manifest.files}
     yield from _check_tasks(manifest, paths)
     for group in manifest.groups:

@@ -171,6 +171,7 @@ def write_manifest(
         generator=f"tallstore {tallstore.__version__}",
         required_features=(),
         base=base,
+        next_group=2,
         groups=groups,
         tasks=tasks,
         files=listed,

@@ -26,6 +26,7 @@ MANIFEST = {
     "generator": "tallstore 0.1.0",
     "required_features": [],
     "base": {"repo_id": "org/name", "revision": "ab" * 20, "embedded": False},
+    "next_group": 2,
     "groups": [
         {"id": "g0001", "method": {"name": "tall-mask", "parameters": {"mask_lambda": [0.2, 0.4], "merge": "sum"}}}
     ],
@@ -295,6 +296,10 @@ def test_a_missing_field_of_a_table_is_named(document, table):
         (("base", "repo_id"), "a/b/c", "$.base.repo_id"),
         (("base", "revision"), "main", "$.base.revision"),
         (("base", "embedded"), 1, "$.base.embedded"),
+        (("next_group",), 0, "$.next_group"),
+        (("next_group",), 10_001, "$.next_group"),
+        (("next_group",), 2.0, "$.next_group"),
+        (("next_group",), True, "$.next_group"),
         (("groups", 0, "id"), "g1", "$.groups[0].id"),
         (("groups", 0, "id"), "g0001\n", "$.groups[0].id"),
         (("groups", 0, "method", "parameters", "x"), {}, "$.groups[0].method.parameters"),

@@ -160,6 +160,7 @@ def seal(root, tasks, *, embedded=True):
         generator="tests",
         required_features=(),
         base=BasePin(repo_id=None, revision=None, embedded=embedded),
+        next_group=max(map(layout.group_number, groups), default=0) + 1,
         groups=tuple(GroupEntry(id=group, method=METHOD) for group in groups),
         tasks=tuple(tasks),
         files=tuple(files),
