@@ -11,11 +11,13 @@ import ctypes
 import errno
 import hashlib
 import os
+import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from datetime import datetime, timezone
+from pathlib import Path, PurePosixPath
 
 from tallstore.errors import OutputBusyError, OutputError
 
@@ -147,7 +149,7 @@ def staged_directory(target: Path) -> Iterator[Path]:
         with writing(target):
             _take_back(target)
             _clear(staging)
-            (staging / _HOLDER).write_text(str(os.getpid()))
+            _sign(staging)
         yield staging
         with writing(target):
             (staging / _HOLDER).unlink()
@@ -182,17 +184,71 @@ def gathered_files(target: Path) -> Iterator[Path]:
     try:
         lock, is_ours = _hold(staging, target), True
         with writing(target):
-            (staging / _HOLDER).write_text(str(os.getpid()))
+            _sign(staging)
         yield staging
         _remove(staging, lock)
     except BaseException:
-        if is_ours and all(entry.name.startswith(".") for entry in staging.iterdir()):
+        if is_ours and _is_bare(staging):
             _remove(staging, lock)
         _remove_empty(made)
         raise
     finally:
         if lock is not None:
             os.close(lock)
+
+
+@contextlib.contextmanager
+def room_beside(target: Path, ready: Callable[[], None]) -> Iterator[Path]:
+    """An empty directory beside *target*, on its file system, for what will be moved into it; removed at the end.
+
+    Args:
+        target: that nobody else writes to meanwhile.
+        ready: called when that is so, before anything is done: what it raises, leaves all as it was.
+
+    Raises:
+        OutputBusyError: another process is writing to *target*.
+        OutputError: the directory cannot be made.
+    """
+    target = Path(os.path.realpath(target))
+    staging = _staging(target)
+    lock, is_ours = None, False
+    try:
+        lock = _hold(staging, target)
+        with writing(target):
+            _take_back(target)
+            ready()
+            is_ours = True
+            _clear(staging)
+            _sign(staging)
+        yield staging
+    finally:
+        if is_ours or _is_bare(staging):
+            _remove(staging, lock)
+        if lock is not None:
+            os.close(lock)
+
+
+def move_in(source: Path, target: Path, paths: Iterable[str]) -> None:
+    """Move files of the directory *source*, which are on the disk, to the same relative *paths* of *target*.
+
+    They are in their places, and those on the disk, when this returns; until then, any of them may be.
+
+    Raises:
+        OutputError: a link is on the way.
+        OSError: the system refuses.
+    """
+    changed = dict.fromkeys([target])
+    for path in paths:
+        folder = target
+        for part in PurePosixPath(path).parent.parts:
+            folder /= part
+            if folder.is_symlink():
+                raise OutputError(f"{folder}: is a link; remove it, or choose another place")
+            folder.mkdir(exist_ok=True)
+            changed[folder] = None
+        (source / path).replace(target / path)
+    for folder in reversed(changed):
+        sync_directory(folder)
 
 
 def _absent(directory: Path) -> list[Path]:
@@ -278,11 +334,26 @@ def _remove(staging: Path, lock: int | None) -> None:
         os.close(descriptor)
 
 
+def _sign(staging: Path) -> None:
+    """Leave word of who fills a directory, for whom it keeps away."""
+    now = datetime.now(timezone.utc).astimezone()
+    (staging / _HOLDER).write_text(f"{os.getpid()} {now:%Y-%m-%dT%H:%M:%S} {platform.node()}")
+
+
 def _holder(staging: Path) -> str:
     try:
-        return f"process {int((staging / _HOLDER).read_text())}"
+        process, since, host = (staging / _HOLDER).read_text().split(" ", 2)
+        return f"process {int(process)} on {host or 'this machine'} (since {since.replace('T', ' ')})"
     except (OSError, ValueError):
         return "another process"
+
+
+def _is_bare(staging: Path) -> bool:
+    """Whether nothing was put into a directory: only hidden files are in it, or it is not there."""
+    try:
+        return all(entry.name.startswith(".") for entry in staging.iterdir())
+    except FileNotFoundError:
+        return True
 
 
 def _is_held(staging: Path, lock: int | None) -> bool:

@@ -45,12 +45,15 @@ class Origin:
         files: the weight files.
         directory: the Hugging Face directory, if it is one.
         hub: the model on the Hub, if it was downloaded.
+        companions: the files that belong to its weights, by their names beside them; None where they are those of the
+            directory.
     """
 
     where: str
     files: tuple[Path, ...] = ()
     directory: Path | None = None
     hub: HubRef | None = None
+    companions: Mapping[str, Path] | None = None
 
 
 class Checkpoint(abc.ABC):

@@ -23,6 +23,8 @@ _SLUG = rf"(?!{_DEVICE}(?:/|$))[a-z0-9][a-z0-9_-]{{0,63}}"
 _SEGMENT = rf"(?!(?i:{_DEVICE})(?:\.|$))[A-Za-z0-9_][A-Za-z0-9._-]{{0,127}}(?<!\.)"
 _SHARD = r"[0-9]{5}-of-[0-9]{5}\.safetensors"
 
+_MAX_SLUG = 64
+_ENDS_WITH_GROUP = re.compile(r"-g[0-9]{4}$")
 _SLUG_PATTERN = re.compile(_SLUG)
 _SEGMENT_PATTERN = re.compile(_SEGMENT)
 _PATH_PATTERN = re.compile(
@@ -97,19 +99,24 @@ def is_companion_name(name: str) -> bool:
     return len(segments) <= _MAX_COMPANION_SEGMENTS and all(_SEGMENT_PATTERN.fullmatch(part) for part in segments)
 
 
-def slugify(name: str, taken: Container[str]) -> str:
-    """A slug for the task *name* that is not in *taken*.
+def slugify(name: str, taken: Container[str], group: int = 1) -> str:
+    """A slug for the task *name* of the group number *group* that is not in *taken*.
 
     Letters lose their accents and their case, what is left over becomes hyphens. Where nothing readable remains, or the
-    slug is taken, a few digits of the name's sha256 are added; the result depends on the arguments alone.
+    slug is taken, a few digits of the name's sha256 are added; the result depends on the arguments alone. It ends with
+    the group's id in all groups but the first, and there too where the name by itself gives such an end: so no two
+    tasks of different groups ever have the same, whichever of them are there at a time (WRITE-2).
     """
     plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
-    slug = re.sub(r"[^a-z0-9_]+", "-", plain).strip("-_")[:64].rstrip("-_")
-    if is_slug(slug) and slug not in taken:
-        return slug
+    slug = re.sub(r"[^a-z0-9_]+", "-", plain).strip("-_")[:_MAX_SLUG].rstrip("-_")
+    suffix = f"-{group_id(group)}" if group > 1 or _ENDS_WITH_GROUP.search(slug) else ""
+    room = _MAX_SLUG - len(suffix)
+    candidate = slug[:room].rstrip("-_") + suffix
+    if is_slug(candidate) and candidate not in taken:
+        return candidate
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
-    for length in range(8, 64):
-        candidate = f"{slug[: 63 - length]}-{digest[:length]}".strip("-")
+    for length in range(8, room):
+        candidate = f"{slug[: room - 1 - length]}-{digest[:length]}".strip("-") + suffix
         if is_slug(candidate) and candidate not in taken:
             return candidate
     raise FormatError("MAN-2", f"task {name!r}", "has no slug left that is not taken")

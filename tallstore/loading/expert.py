@@ -98,6 +98,15 @@ class Expert:
         parallel.run(jobs(pieces()))
         return whole
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """All tensors by name; tied names have one tensor.
+
+        Raises:
+            TallstoreError: as `read`.
+        """
+        whole = self.tensors(dict.fromkeys(map(self.carrier, self.names)))
+        return {name: whole[self.carrier(name)] for name in self.names}
+
     def write(self, destinations: Mapping[str, Tensor]) -> None:
         """Write whole tensors to flat tensors on the CPU, by name; cast where the dtype is another.
 

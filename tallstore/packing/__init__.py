@@ -5,6 +5,7 @@ from __future__ import annotations
 from tallstore.meter import Progress
 from tallstore.packing.comparing import Compared, Comparison, compare
 from tallstore.packing.outcome import PackedTask, PackReport
-from tallstore.packing.packer import Evaluate, pack
+from tallstore.packing.packer import pack
+from tallstore.packing.recipe import Evaluate
 
 __all__ = ["Compared", "Comparison", "Evaluate", "PackReport", "PackedTask", "Progress", "compare", "pack"]

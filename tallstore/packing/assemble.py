@@ -19,7 +19,7 @@ from tallstore.format import layout, parsing
 from tallstore.format import manifest as tables
 from tallstore.format.bits import Bytes
 from tallstore.format.dtypes import CHUNK_NUMEL
-from tallstore.packing.companions import companions, reading
+from tallstore.packing.companions import companions, companions_of, reading
 from tallstore.packing.fidelity import combine
 from tallstore.packing.group import GroupPacker, GroupTask
 from tallstore.packing.task_progress import TaskProgress
@@ -100,7 +100,7 @@ def write_task(
     slug = task.slug
     written = {f"{layout.task_directory(slug)}/{name}": file for name, file in by_name.items()}
     carried = []
-    for name, source in companions(task.expert.checkpoint.directory).items():
+    for name, source in companions_of(task.expert.checkpoint).items():
         with reading(source, task.expert.where):
             file = files.hash_file(source)
             stored = layout.companion_path(file.sha256)
@@ -171,7 +171,7 @@ def write_manifest(
         generator=f"tallstore {tallstore.__version__}",
         required_features=(),
         base=base,
-        next_group=2,
+        next_group=max((layout.group_number(group.id) for group in groups), default=0) + 1,
         groups=groups,
         tasks=tasks,
         files=listed,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tallstore.caller_warnings import warn
+from tallstore.checkpoints import Checkpoint
 from tallstore.checkpoints.companion_names import is_companion
 from tallstore.checkpoints.refusals import LFS_POINTER_NBYTES, refuse_lfs_pointer
 from tallstore.errors import InputError
@@ -64,6 +65,16 @@ def _start(path: Path) -> bytes:
             with path.open("rb") as file:
                 return file.read(LFS_POINTER_NBYTES)
     return b""
+
+
+def companions_of(checkpoint: Checkpoint) -> Mapping[str, Path]:
+    """The companion files of a checkpoint: those that it says it has, or those of its directory.
+
+    Raises:
+        DamagedCheckpointError, OSError: as `companions`.
+    """
+    own = checkpoint.origin.companions
+    return companions(checkpoint.directory) if own is None else own
 
 
 def look_through(directories: Mapping[str, Path | None]) -> tuple[str, ...]:

@@ -19,8 +19,9 @@ from tallstore.meter import Meter, Progress
 from tallstore.notebook import html_table, number
 from tallstore.packing.arguments import check_arguments, open_expert, open_merged
 from tallstore.packing.job import Fitting, Job, Options
-from tallstore.packing.packer import Evaluate, pack
 from tallstore.packing.plan import name_experts
+from tallstore.packing.packer import pack
+from tallstore.packing.recipe import Evaluate, patterns
 from tallstore.packing.trial import Trials
 from tallstore.sizes import readable
 
@@ -185,7 +186,7 @@ def compare(
         check_arguments(experts, method, evaluates=evaluate is not None)
     tell = progress or (lambda _done, _total: None)
     rows = []
-    options = Options(private=(private,) if isinstance(private, str) else tuple(private))
+    options = Options(private=patterns(private))
     with contextlib.ExitStack() as inputs:
         inputs.enter_context(torch.inference_mode(mode=False))  # see `pack`
         opened_base = inputs.enter_context(open_checkpoint(base))

@@ -52,17 +52,19 @@ class GroupPacker:
         compress: bool,
         estimates: bool,
         run: Run,
+        number: int = 1,
+        taken: Iterable[str] = (),
     ) -> None:
-        """Begin group g0001 in the bundle that is being written at *root*, an empty directory.
+        """Begin the group *number* in the bundle that is being written at *root*, an empty directory.
 
-        *compress* says whether payloads are compressed where that makes them smaller; for the others, see
-        `TensorPacker`.
+        *compress* says whether payloads are compressed where that makes them smaller, *taken* are the slugs of other
+        tasks of the bundle; for the others, see `TensorPacker`.
         """
-        self.id = "g0001"
+        self.id = layout.group_id(number)
         self.writer = ShardWriter(root / layout.group_directory(self.id), compress=compress)
         self.tasks: dict[str, GroupTask] = {}
         (root / layout.group_directory(self.id)).mkdir(parents=True)
-        for expert, slug in _slugs(experts):
+        for expert, slug in _slugs(experts, number, taken):
             directory = root / layout.task_directory(slug)
             directory.mkdir(parents=True)
             self.tasks[expert.task] = GroupTask(
@@ -94,11 +96,11 @@ def _placed(writer: ShardWriter, recorded: Iterable[Recorded | None], file: Bina
     return [None if one is None else writer.place(one, file) for one in recorded]
 
 
-def _slugs(experts: Sequence[Expert]) -> list[tuple[Expert, str]]:
-    taken: set[str] = set()
+def _slugs(experts: Sequence[Expert], number: int, others: Iterable[str]) -> list[tuple[Expert, str]]:
+    taken = set(others)
     pairs = []
     for expert in experts:
-        slug = layout.slugify(expert.task, taken)
+        slug = layout.slugify(expert.task, taken, number)
         taken.add(slug)
         pairs.append((expert, slug))
     return pairs

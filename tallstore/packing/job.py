@@ -46,12 +46,16 @@ class Options:
         base_ref: where readers get the base.
         compress: whether payloads are compressed where that makes them smaller.
         estimates: whether to estimate what other fits would reach.
+        group: the number of the group that is written.
+        taken: slugs of the tasks that the bundle has in other groups.
     """
 
     private: tuple[str, ...] = ()
     base_ref: HubRef | None = None
     compress: bool = True
     estimates: bool = True
+    group: int = 1
+    taken: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,10 @@ class Job:
         *,
         meter: Meter,
         pool: ThreadPoolExecutor,
+        table: tables.BaseTable | None = None,
     ) -> None:
+        """Take what is opened; *table* is base.json, where there is one already: it is made otherwise."""
+        self._given_table = table
         self.base, self.experts, self.pool = base, experts, pool
         self._options, self._meter = options, meter
         self._parts = parts_by_base_name(base, experts, options.private)
@@ -135,7 +142,7 @@ class Job:
 
     @functools.cached_property
     def _table(self) -> tables.BaseTable:
-        return assemble.base_table(self.base)
+        return self._given_table or assemble.base_table(self.base)
 
     def write(
         self,
@@ -168,6 +175,8 @@ class Job:
             compress=options.compress,
             estimates=options.estimates,
             run=self.pool.map,
+            number=options.group,
+            taken=options.taken,
         )
         written = assemble.write_base(self.base, self._table, root, embed=embed)
         # Whoever gave the directory removes it after an error, when no interrupted unit is writing there any more.

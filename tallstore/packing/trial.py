@@ -11,7 +11,7 @@ from pathlib import Path
 from tallstore.checkpoints import Checkpoint
 from tallstore.files import hash_file
 from tallstore.format.dtypes import chunk_count
-from tallstore.packing.companions import companions, reading
+from tallstore.packing.companions import companions_of, reading
 from tallstore.packing.fidelity import Sums
 from tallstore.packing.group import GroupPacker
 from tallstore.packing.job import Fitting, Job
@@ -130,7 +130,7 @@ def _companions_nbytes(experts: Sequence[Expert]) -> int:
     sizes: dict[str, int] = {}
     nbytes = 0
     for expert in experts:
-        for path in companions(expert.checkpoint.directory).values():
+        for path in companions_of(expert.checkpoint).values():
             with reading(path, expert.where):
                 file = hash_file(path)
             sizes[file.sha256] = file.size

@@ -270,7 +270,9 @@ def holder(tmp_path):
 @posix
 def test_a_second_writer_is_told_who_is_writing(tmp_path, holder):
     with (
-        pytest.raises(OutputBusyError, match=f"process {holder.pid} is writing it"),
+        pytest.raises(
+            OutputBusyError, match=rf"process {holder.pid} on \S+ \(since 20..-..-.. ..:..:..\) is writing it"
+        ),
         staged_directory(tmp_path / "bundle"),
     ):
         pytest.fail("was staged")

@@ -1,0 +1,69 @@
+"""Files that no manifest lists: what a writer left that did not come to its end, or has just taken out of its bundle."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+
+from tallstore.format import layout
+from tallstore.format.manifest import Manifest
+
+
+def sweep(root: Path, manifest: Manifest) -> list[str]:
+    """Delete what stands where files of the bundle at *root* may (PATH-1), and *manifest* does not list.
+
+    Only plain files in plain directories; a directory ``base`` is the user's own where the base is not embedded. Who
+    calls it keeps other writers away.
+
+    Returns:
+        the paths that were deleted.
+
+    Raises:
+        OSError: as `delete`.
+    """
+    listed = {file.path for file in manifest.files}
+    tops = ["files", "groups", "tasks", *([layout.BASE_DIRECTORY] if manifest.base.embedded else [])]
+    there = [path for top in tops for path in _files(root, top)]
+    unlisted = sorted(path for path in there if path not in listed and layout.is_bundle_path(path))
+    delete(root, unlisted)
+    return unlisted
+
+
+def delete(root: Path, paths: Iterable[str]) -> None:
+    """Delete files of the bundle at *root*, as far as they are there, and the directories that this leaves empty.
+
+    Raises:
+        OSError: the first refusal of the system; all others have been tried.
+    """
+    refused: OSError | None = None
+    folders = set[PurePosixPath]()
+    for path in paths:
+        try:
+            (root / path).unlink(missing_ok=True)
+            folders.update(parent for parent in PurePosixPath(path).parents if parent.parts)
+        except OSError as error:
+            refused = refused or error
+    for folder in sorted(folders, key=lambda folder: -len(folder.parts)):
+        with contextlib.suppress(OSError):  # not empty
+            (root / folder).rmdir()
+    if refused is not None:
+        raise refused
+
+
+def _files(root: Path, folder: str) -> Iterator[str]:
+    """Paths of the plain files below a directory of the bundle; links are not followed, empty directories removed."""
+    place = root / folder
+    if place.is_symlink() or not place.is_dir():
+        return
+    with os.scandir(place) as entries:
+        found = list(entries)
+    if not found:
+        with contextlib.suppress(OSError):
+            place.rmdir()
+    for entry in found:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _files(root, f"{folder}/{entry.name}")
+        elif entry.is_file(follow_symlinks=False):
+            yield f"{folder}/{entry.name}"
