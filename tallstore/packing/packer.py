@@ -143,6 +143,9 @@ def pack(
                 scores = scorer.scores(root)
                 with files.writing(place):
                     report = with_scores(report, root, assemble.record_scores(root, scores), scores)
+            # Each was read more than once: the bundle is of one version of it.
+            for checkpoint in (opened_base, *checkpoints.values(), *([] if given is None else [given])):
+                checkpoint.check_unchanged()
         uncalibrated = () if calibrator is None else calibrator.advice
         advice = (*hints(opened_base, named, options.private), *missed, *uncalibrated, *report.advice)
     return replace(report, path=target, dry_run=dry_run, advice=advice)
