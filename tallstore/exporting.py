@@ -276,9 +276,14 @@ def _copy_companion(file: CompanionFile, source: Path, directory: Path) -> None:
     """Copy one companion file to its name; its bytes are checked against its sha256."""
     destination = directory / file.name
     destination.parent.mkdir(parents=True, exist_ok=True)
-    written = files.write_file(destination, source)
+    path = layout.companion_path(file.sha256)
+    try:
+        written = files.write_file(destination, source)
+    except OSError as error:
+        if error.filename == str(source):
+            raise layout.unreadable(path, error) from None
+        raise
     if (written.size, written.sha256) != (file.size, file.sha256):
-        path = layout.companion_path(file.sha256)
         raise IntegrityError("FILE-2", path, "changed since it was written; fetch the file again")
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from tallstore.errors import OutputBusyError, OutputError
 
@@ -91,10 +92,18 @@ def _pieces(parts: tuple[bytes | Path, ...]) -> Iterator[bytes]:
     for part in parts:
         if isinstance(part, Path):
             with part.open("rb") as file:
-                while piece := file.read(_COPY_NBYTES):
+                while piece := _read_piece(file, part):
                     yield piece
         else:
             yield part
+
+
+def _read_piece(file: BinaryIO, path: Path) -> bytes:
+    """The next bytes of a file. An error says of which one: as it comes from the system, it could be of an output."""
+    try:
+        return file.read(_COPY_NBYTES)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def sync_directory(path: Path) -> None:

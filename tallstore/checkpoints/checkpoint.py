@@ -14,7 +14,7 @@ from tallstore.errors import DamagedCheckpointError, UnknownTensorError
 from tallstore.format.dtypes import DTYPES, TensorSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
     from types import TracebackType
 
@@ -59,7 +59,7 @@ class Origin:
 class Checkpoint(abc.ABC):
     """Named tensors whose bytes are read range by range; also a context manager.
 
-    Reads may come from several threads. Files are mapped, never modified.
+    Reads may come from several threads. Files are never modified.
 
     Attributes:
         origin: where it came from.
@@ -105,15 +105,27 @@ class Checkpoint(abc.ABC):
         once, and a pickle in torch's format of before 1.6 was read whole when it was opened.
 
         Returns:
-            Tensor of one dimension, in the tensor's own dtype, contiguous, on the CPU. It may be a view of the input:
-            callers must not write to it. It stays valid after `close`.
+            Tensor of one dimension, in the tensor's own dtype, contiguous, on the CPU. It may be a view of a state
+            dict: callers must not write to it. What was read of a file is the caller's own: no later change of the file
+            reaches it. It stays valid after `close`.
 
         Raises:
             UnknownTensorError: no tensor has that name.
             DamagedCheckpointError: the tensor is BOOL, and has bytes other than 0 and 1; or a file was changed.
+            InputError: a file cannot be read.
             IndexError: the range is not inside the tensor.
         """
-        raw = self.read_bytes(name, start, stop)
+        return self._elements(name, self.read_bytes(name, start, stop))
+
+    def map(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """As `read`, but large ranges of files are mapped where that can be: the cheapest way to use them once.
+
+        What is mapped follows the file: whoever maps it compares it with hashes, and a file that is truncated meanwhile
+        ends the process.
+        """
+        return self._elements(name, self._checked(name, start, stop, self._mapped_bytes))
+
+    def _elements(self, name: str, raw: NDArray[np.uint8]) -> torch.Tensor:
         dtype = self._specs[name].dtype
         if not raw.size:  # numpy's empty arrays have strides that torch takes for no view
             return torch.empty(0, dtype=TORCH_DTYPES[dtype])
@@ -128,18 +140,31 @@ class Checkpoint(abc.ABC):
         Returns:
             Array of shape ((stop - start) * itemsize,).
         """
+        return self._checked(name, start, stop, self._flat_bytes)
+
+    def _checked(
+        self, name: str, start: int, stop: int | None, read: Callable[[str, int, int], NDArray[np.uint8]]
+    ) -> NDArray[np.uint8]:
         spec = self.spec(name)
         if self._closed:
             raise ValueError(f"{self.where} is closed")
         stop = spec.numel if stop is None else stop
         if not 0 <= start <= stop <= spec.numel:
             raise IndexError(f"elements {start} to {stop} of tensor {name!r}, which has {spec.numel}")
-        raw = self._flat_bytes(name, start, stop)
+        raw = read(name, start, stop)
         if spec.dtype == "BOOL" and raw.size and raw.max() > 1:
             raise DamagedCheckpointError(
                 self.where, f"tensor {name!r} is BOOL and has bytes other than 0 and 1; write the checkpoint again"
             )
         return raw
+
+    def check_unchanged(self) -> None:  # noqa: B027 - what is in memory has no files
+        """Make sure that the files are those that were opened.
+
+        Raises:
+            DamagedCheckpointError: one was changed, or replaced.
+            InputError: one cannot be looked at.
+        """
 
     def part(self, names: Iterable[str]) -> Checkpoint:  # noqa: ARG002 - one that cannot be divided is its own part
         """A checkpoint to send to other processes, of which only the tensors *names* will be read.
@@ -159,6 +184,10 @@ class Checkpoint(abc.ABC):
     @abc.abstractmethod
     def _flat_bytes(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
         """Bytes of elements [*start*, *stop*) of a tensor that exists, the range being inside it."""
+
+    def _mapped_bytes(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
+        """As `_flat_bytes`, for `map`."""
+        return self._flat_bytes(name, start, stop)
 
     def close(self) -> None:
         """Let go of files and tensors; what was read stays valid."""

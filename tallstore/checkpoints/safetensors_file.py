@@ -1,15 +1,26 @@
-"""Checkpoints in safetensors files, each range mapped when it is read."""
+"""Checkpoints in safetensors files, each range read, or mapped, when it is asked for."""
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
+import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from tallstore.checkpoints.checkpoint import Checkpoint, Origin
+from tallstore.checkpoints.file_version import (
+    SHARED_NUMBERS,
+    Version,
+    check_open,
+    check_version,
+    read_range,
+    settled_version,
+    unreadable,
+)
 from tallstore.checkpoints.refusals import LFS_POINTER_NBYTES, refuse_lfs_pointer, refuse_unmerged_names
 from tallstore.errors import DamagedCheckpointError, InputError
 from tallstore.format.dtypes import DTYPES, TensorSpec
@@ -21,7 +32,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-_SHARED_NUMBERS: Final = 2  # of a file's version
+_POPULATE_READ: Final = 22  # Linux's MADV_POPULATE_READ, which Python has no name for
 _COPIED_NBYTES: Final = 1 << 17  # to map so few, and to be given their pages one by one, takes longer
 
 
@@ -31,13 +42,12 @@ class Shard:
 
     Attributes:
         tensors: where each is in the file.
-        version: the file's when its header was read, as `_version` tells it, or the part of it that other machines
-            share.
+        version: the file's when its header was read, or the part of it that other machines share.
     """
 
     path: Path
     tensors: Mapping[str, Entry]
-    version: tuple[int, ...]
+    version: Version
 
 
 def read_shard(path: Path) -> Shard:
@@ -51,25 +61,27 @@ def read_shard(path: Path) -> Shard:
     where = str(path)
     try:
         with path.open("rb") as file:
-            status = os.fstat(file.fileno())
+            version = settled_version(path, file)
+            size = version[0]
             start = file.read(LFS_POINTER_NBYTES)
             refuse_lfs_pointer(path, start)
             file.seek(0)
-            header = parse_header(file.read(header_nbytes(start, status.st_size)), status.st_size)
+            header = parse_header(file.read(header_nbytes(start, size)), size)
+            check_open(path, file, version)
     except OSError as error:
-        raise InputError(where, f"cannot be read: {error.strerror}") from None
+        raise unreadable(path, error) from None
     except UnknownDtypeProblem as problem:
         raise InputError(where, f"{problem.problem}; convert that tensor first") from None
     except HeaderProblem as problem:
         raise DamagedCheckpointError(where, f"{problem.problem}; copy or download the file again") from None
     refuse_unmerged_names(where, header.tensors)
-    return Shard(path, header.tensors, _version(status))
+    return Shard(path, header.tensors, version)
 
 
 class SafetensorsCheckpoint(Checkpoint):
     """Tensors in one safetensors file or several shards.
 
-    A read maps its own range only, or copies it where that is small, and keeps no file open. Mapping whole files, as
+    A read copies its own range, or maps it where that was asked for, and keeps no file open. Mapping whole files, as
     torch and safetensors do, fails where a file is larger than memory, and keeping them open takes a descriptor each: a
     hundred experts of ten shards are a thousand files.
     """
@@ -91,16 +103,28 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def __getstate__(self) -> dict[str, object]:
         """Without what only this machine calls the files by."""
-        shards = {path: replace(shard, version=shard.version[:_SHARED_NUMBERS]) for path, shard in self._shards.items()}
+        shards = {path: replace(shard, version=shard.version[:SHARED_NUMBERS]) for path, shard in self._shards.items()}
         return {**super().__getstate__(), "_shards": shards}
 
+    def check_unchanged(self) -> None:
+        """As `Checkpoint.check_unchanged`."""
+        for shard in self._shards.values():
+            check_version(shard.path, shard.version)
+
     def _flat_bytes(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
+        shard, first, end = self._range(name, start, stop)
+        return read_range(shard.path, shard.version, first, end)
+
+    def _mapped_bytes(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
+        shard, first, end = self._range(name, start, stop)
+        return _map(shard, first, end) if end - first > _COPIED_NBYTES else self._flat_bytes(name, start, stop)
+
+    def _range(self, name: str, start: int, stop: int) -> tuple[Shard, int, int]:
+        """A tensor's file, and the first byte and the end of some of its elements there."""
         shard = self._shards[self._places[name]]
         entry = shard.tensors[name]
-        if start == stop:
-            return np.empty(0, np.uint8)
         width = DTYPES[entry.dtype]
-        return _read(shard, entry.start + start * width, entry.start + stop * width)
+        return shard, entry.start + start * width, entry.start + stop * width
 
     def _release(self) -> None:
         """Nothing is held."""
@@ -110,30 +134,36 @@ def _spec(entry: Entry) -> TensorSpec:
     return TensorSpec(entry.dtype, entry.shape)
 
 
-def _version(status: os.stat_result) -> tuple[int, ...]:
-    """Numbers that change with the file. Machines that mount it number devices, and maybe files, as they like."""
-    return status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino
-
-
-def _read(shard: Shard, first: int, end: int) -> NDArray[np.uint8]:
-    """Bytes [*first*, *end*) of the file, mapped as long as the array lives; few of them in memory of their own.
+def _map(shard: Shard, first: int, end: int) -> NDArray[np.uint8]:
+    """Bytes [*first*, *end*) of the file, mapped as long as the array lives.
 
     Raises:
         DamagedCheckpointError: the file is not the one whose header was read.
         InputError: it cannot be read.
     """
+    aligned = first - first % mmap.ALLOCATIONGRANULARITY
     try:
         with open(shard.path, "rb", buffering=0) as file:  # noqa: PTH123 - twice as fast as the path's own method
-            if _version(os.fstat(file.fileno()))[: len(shard.version)] != shard.version:
-                raise DamagedCheckpointError(str(shard.path), "was changed while it was read; start again")
-            if end - first <= _COPIED_NBYTES:
-                copied = np.empty(end - first, np.uint8)
-                file.seek(first)
-                if file.readinto(copied.data) == copied.size:
-                    return copied
+            check_open(shard.path, file, shard.version)
             # Private and writable: torch wants arrays that can be written to, and the file must not be.
-            aligned = first - first % mmap.ALLOCATIONGRANULARITY
             mapped = mmap.mmap(file.fileno(), end - aligned, access=mmap.ACCESS_COPY, offset=aligned)
+        _populate(mapped)
     except OSError as error:
-        raise InputError(str(shard.path), f"cannot be read: {error.strerror}") from None
+        raise unreadable(shard.path, error) from None
     return np.frombuffer(mapped, np.uint8, offset=first - aligned)
+
+
+def _populate(mapped: mmap.mmap) -> None:
+    """Have all pages come now: where one cannot be read, that is an error here, and would later end the process.
+
+    Raises:
+        OSError: EIO.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        mapped.madvise(_POPULATE_READ)
+    except OSError as error:
+        if error.errno == errno.EFAULT:
+            raise OSError(errno.EIO, os.strerror(errno.EIO)) from None
+        # Linux of before 5.14 does not know it.

@@ -16,7 +16,7 @@ from tallstore.checkpoints.hub_input import download
 from tallstore.checkpoints.refusals import refuse_adapter_file, refuse_by_config
 from tallstore.checkpoints.safetensors_file import SafetensorsCheckpoint, read_shard
 from tallstore.checkpoints.state_dict import StateDictCheckpoint, plain_tensors
-from tallstore.checkpoints.torch_file import load_tensors
+from tallstore.checkpoints.torch_file import TorchFilesCheckpoint, load_file
 from tallstore.errors import CheckpointNotFoundError, InputError
 from tallstore.hub.ids import parse_hub_id
 from tallstore.hub.pinned import Access
@@ -121,6 +121,5 @@ def _open_weights(weights: Weights, origin: Origin) -> Checkpoint:
         shards = {path: read_shard(path) for path in weights.paths}
         places = place_tensors(weights, {path: shard.tensors for path, shard in shards.items()})
         return SafetensorsCheckpoint(origin, shards, places)
-    loaded = {path: load_tensors(path) for path in weights.paths}
-    places = place_tensors(weights, loaded)
-    return StateDictCheckpoint(origin, {name: loaded[path][name] for name, path in places.items()})
+    loaded = {path: load_file(path) for path in weights.paths}
+    return TorchFilesCheckpoint(origin, loaded, place_tensors(weights, {p: file.tensors for p, file in loaded.items()}))

@@ -1,4 +1,4 @@
-"""Files of `torch.save`: .bin, .pt, .pth and .ckpt, of plain weights only."""
+"""Files of `torch.save`: .bin, .pt, .pth and .ckpt, of plain weights only; mapped, and read where that must be safe."""
 
 from __future__ import annotations
 
@@ -6,24 +6,89 @@ import pickle
 import pickletools
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import torch
 
+from tallstore.checkpoints.checkpoint import Origin
+from tallstore.checkpoints.file_version import Version, check_version, read_range, settled_version, unreadable
 from tallstore.checkpoints.refusals import LFS_POINTER_NBYTES, refuse_lfs_pointer
-from tallstore.checkpoints.state_dict import plain_tensors
+from tallstore.checkpoints.state_dict import StateDictCheckpoint, plain_tensors
+from tallstore.checkpoints.torch_zip import byte_offsets
 from tallstore.errors import DamagedCheckpointError, InputError, UnsafeCheckpointError
+from tallstore.format.dtypes import DTYPES
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
 
 _ZIP_START: Final = b"PK\x03\x04"
 _REFERS_TO: Final = re.compile(r"GLOBAL ([\w.]+)")
 _SAVE_AGAIN: Final = "save the model's state_dict() with safetensors"
 
 
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+@dataclass(frozen=True)
+class TorchFile:
+    """A file that was loaded.
+
+    Attributes:
+        tensors: mapped, or in memory where the file is of before torch 1.6.
+        version: the file's.
+        offsets: the first byte in the file of those tensors that can be read.
+    """
+
+    path: Path
+    tensors: Mapping[str, torch.Tensor]
+    version: Version
+    offsets: Mapping[str, int] = field(default_factory=dict)
+
+
+class TorchFilesCheckpoint(StateDictCheckpoint):
+    """Tensors in one file of `torch.save`, or in several shards."""
+
+    def __init__(self, origin: Origin, files: Mapping[Path, TorchFile], places: Mapping[str, Path]) -> None:
+        """Take what `load_file` returned for each file, and the file of each tensor."""
+        super().__init__(origin, {name: files[path].tensors[name] for name, path in places.items()})
+        self._files, self._places = files, places
+
+    def part(self, names: Iterable[str]) -> TorchFilesCheckpoint:
+        """The tensors *names* alone, tied or not."""
+        return TorchFilesCheckpoint(self.origin, self._files, {name: self._places[name] for name in names})
+
+    def check_unchanged(self) -> None:
+        """As `Checkpoint.check_unchanged`."""
+        for file in self._files.values():
+            check_version(file.path, file.version)
+
+    def __getstate__(self) -> dict[str, object]:
+        """For `pickle`: the bytes of each tensor, and of no file."""
+        return {**super().__getstate__(), "_files": {}, "_places": {}}
+
+    def _flat_bytes(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
+        if name not in self._places:  # it came by `pickle`
+            return super()._flat_bytes(name, start, stop)
+        file = self._files[self._places[name]]
+        offset = file.offsets.get(name)
+        if offset is not None:
+            width = DTYPES[self.spec(name).dtype]
+            return read_range(file.path, file.version, offset + start * width, offset + stop * width)
+        copied = super()._flat_bytes(name, start, stop).copy()
+        check_version(file.path, file.version)
+        return copied
+
+    def _mapped_bytes(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
+        return super()._flat_bytes(name, start, stop)
+
+    def _release(self) -> None:
+        super()._release()
+        self._files = {}
+
+
+def load_file(path: Path) -> TorchFile:
     """Map the tensors of a file that `torch.save` wrote; one of before torch 1.6 is read into memory whole.
 
     Nothing in the file is executed.
@@ -36,9 +101,10 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     where = str(path)
     try:
         with path.open("rb") as file:
+            version = settled_version(path, file)
             start = file.read(LFS_POINTER_NBYTES)
     except OSError as error:
-        raise InputError(where, f"cannot be read: {error.strerror}") from None
+        raise unreadable(path, error) from None
     refuse_lfs_pointer(path, start)
     is_zip = start.startswith(_ZIP_START)
     try:
@@ -54,7 +120,13 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
         ) from None
     if not isinstance(loaded, Mapping):
         raise InputError(where, f"holds an object of type {type(loaded).__name__}, not a state dict; {_SAVE_AGAIN}")
-    return plain_tensors(where, loaded)
+    tensors = plain_tensors(where, loaded)
+    try:
+        offsets = byte_offsets(path, tensors) if is_zip else {}
+    except OSError as error:
+        raise unreadable(path, error) from None
+    check_version(path, version)
+    return TorchFile(path, tensors, version, offsets)
 
 
 def _unpickling_error(path: Path, message: str, *, is_zip: bool) -> InputError:

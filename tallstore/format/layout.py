@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import stat
 import unicodedata
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 from tallstore.errors import FormatError
@@ -146,14 +147,40 @@ def resolve(root: Path, path: str) -> Path:
     return place
 
 
+@contextlib.contextmanager
+def readable(path: str) -> Iterator[None]:
+    """What the system refuses inside the block becomes an error of the file at *path* of the bundle.
+
+    Raises:
+        FormatError: FILE-4, in the place of an OSError; that nothing is there stays what it is.
+    """
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, ConnectionError):  # a broken pipe: who showed the progress went away
+        raise
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def unreadable(where: str, error: OSError) -> FormatError:
+    """The problem that the system cannot read a file (FILE-4)."""
+    return FormatError("FILE-4", where, f"cannot be read ({error.strerror})")
+
+
 def is_here(root: Path | str, path: str) -> bool:
-    """Whether there is a file at *path*, which is of the grammar; what is on the way to it is not looked at."""
+    """Whether there is a file at *path*, which is of the grammar; what is on the way to it is not looked at.
+
+    Raises:
+        FormatError: FILE-4, the system cannot tell.
+    """
     place = f"{root}/{path}"  # joining hundreds of names takes pathlib longer than looking them up
     try:
         mode = os.lstat(place).st_mode
         return stat.S_ISREG(mode) or (stat.S_ISLNK(mode) and _leads_to_blob(Path(root), path))
     except (FileNotFoundError, NotADirectoryError):
         return False
+    except OSError as error:
+        raise unreadable(path, error) from None
 
 
 def _leads_to_blob(root: Path, path: str) -> bool:
@@ -190,10 +217,10 @@ def read_bounded(root: Path, path: str, limit: int, *, rule: str = "JSON-4") -> 
     """All bytes of a file of the bundle, refused under *rule* if they are more than *limit*.
 
     Raises:
-        FormatError: as `resolve`, or *rule*.
-        FileNotFoundError: there is nothing at *path*.
+        FormatError: as `resolve`, or *rule*; FILE-4, the system cannot read it.
+        FileNotFoundError, NotADirectoryError: there is nothing at *path*.
     """
-    with resolve(root, path).open("rb") as file:
+    with readable(path), resolve(root, path).open("rb") as file:
         raw = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
     if len(raw) > limit:
         raise FormatError(rule, path, f"is over the limit of {limit} bytes")

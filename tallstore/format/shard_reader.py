@@ -16,7 +16,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from tallstore.errors import FormatError, IntegrityError
-from tallstore.format import bits, codecs
+from tallstore.format import bits, codecs, layout
 from tallstore.format.bits import Bytes
 from tallstore.format.codecs import Codec
 from tallstore.format.dtypes import CHUNK_NUMEL, chunk_count, chunk_span
@@ -70,10 +70,15 @@ class LocalFile:
             path: the file.
             where: what messages call it.
             tell: is told the bytes of each read, by whatever thread reads.
+
+        Raises:
+            FormatError: FILE-4, the system cannot read it.
+            FileNotFoundError, NotADirectoryError: it is not there.
         """
         self.where, self._tell = where, tell
-        self._file = path.open("rb", buffering=0)
-        self.nbytes = os.fstat(self._file.fileno()).st_size
+        with layout.readable(where):
+            self._file = path.open("rb", buffering=0)
+            self.nbytes = os.fstat(self._file.fileno()).st_size
         self.nbytes_read = 0
         self._lock = threading.Lock()
 
@@ -82,11 +87,15 @@ class LocalFile:
 
         Raises:
             IntegrityError: ST-2, the file is shorter.
+            FormatError: FILE-4, the system cannot read it.
         """
         buffer = np.empty(stop - start, np.uint8)
         done = 0
         while done < buffer.size:
-            count = self._read_at(start + done, buffer[done:].data)
+            try:
+                count = self._read_at(start + done, buffer[done:].data)
+            except OSError as error:
+                raise layout.unreadable(self.where, error) from None
             if not count:
                 raise IntegrityError("ST-2", self.where, f"ends at byte {start + done}, before byte {stop}")
             done += count

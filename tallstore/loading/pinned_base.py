@@ -63,9 +63,9 @@ class PinnedBase:
             verified = self._verified.setdefault(source, bytearray(len(tensor.chunks)))
         index = start // CHUNK_NUMEL
         if self._verify == "never" or (self._verify == "first-read" and verified[index]):
-            return self._counted(checkpoint.read(source, start, stop))
+            return self._counted(checkpoint.map(source, start, stop))
         first, last = chunk_span(TensorSpec(tensor.dtype, tensor.shape).numel, index)
-        chunk = self._counted(checkpoint.read(source, first, last))
+        chunk = self._counted(checkpoint.map(source, first, last))
         if xxhash.xxh3_128_hexdigest(chunk.view(uint8).numpy().data) != tensor.chunks[index]:
             more = f" (chunk {index} of {chunk_count(TensorSpec(tensor.dtype, tensor.shape).numel)})" if index else ""
             raise BaseMismatchError("BASE-2", checkpoint.where, tensor.name, f"has other values{more}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -12,7 +12,7 @@ import tallstore
 from tallstore import files
 from tallstore.checkpoints import Checkpoint, HubRef
 from tallstore.checkpoints import writer as checkpoint_writer
-from tallstore.errors import InputError
+from tallstore.errors import DamagedCheckpointError, InputError
 from tallstore.files import Written
 from tallstore.fit import Method
 from tallstore.format import layout, parsing
@@ -44,8 +44,9 @@ def write_base(base: Checkpoint, table: tables.BaseTable, root: Path, *, embed: 
         directory = root / layout.BASE_DIRECTORY
         directory.mkdir()
         specs = {name: base.spec(name) for name in base.names if name not in base.aliases}
+        hashes = {tensor.name: tensor.chunks for tensor in table.tensors}
         for name, file in checkpoint_writer.write_checkpoint(
-            directory, specs, lambda name: (chunk.tobytes() for chunk in _chunks(base, name))
+            directory, specs, lambda name: _hashed_chunks(base, name, hashes[name])
         ).items():
             written[f"{layout.BASE_DIRECTORY}/{name}"] = file
         for name, path in companions(base.directory).items():
@@ -59,6 +60,18 @@ def _chunks(checkpoint: Checkpoint, name: str) -> Iterator[Bytes]:
     numel = checkpoint.spec(name).numel
     for start in range(0, numel, CHUNK_NUMEL):
         yield checkpoint.read_bytes(name, start, min(start + CHUNK_NUMEL, numel))
+
+
+def _hashed_chunks(base: Checkpoint, name: str, hashes: Iterable[str]) -> Iterator[bytes]:
+    """The chunks that base.json has the hashes of.
+
+    Raises:
+        DamagedCheckpointError: they are others by now.
+    """
+    for chunk, expected in zip(_chunks(base, name), hashes, strict=True):
+        if xxhash.xxh3_128_hexdigest(chunk.data) != expected:
+            raise DamagedCheckpointError(base.where, f"tensor {name!r} was changed while it was read; start again")
+        yield chunk.tobytes()
 
 
 def write_group(group: GroupPacker, method: tables.Method, root: Path) -> dict[str, Written]:

@@ -120,6 +120,9 @@ class Work:
             scores = scorer.scores(root)
             with files.writing(place):
                 report = with_scores(report, root, assemble.record_scores(root, scores), scores)
+        # Each was read more than once: the bundle is of one version of it.
+        for checkpoint in (self._base, *(expert.checkpoint for expert in self._experts), *filter(None, [self._given])):
+            checkpoint.check_unchanged()
         uncalibrated = () if calibrator is None else calibrator.advice
         slips = hints(self._base, self._experts, recipe.options.private)
         return replace(report, advice=(*slips, *self._missed, *uncalibrated, *report.advice))

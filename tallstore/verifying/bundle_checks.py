@@ -33,7 +33,7 @@ from tallstore.format.shard_reader import LocalFile
 from tallstore.format.tables import check_base, check_embedded_base, check_group, check_manifest, check_task
 from tallstore.meter import Meter, Progress
 from tallstore.verifying.base_checks import check_base_files
-from tallstore.verifying.findings import Problems, attempt, unreadable
+from tallstore.verifying.findings import Problems, attempt
 from tallstore.verifying.shard_checks import OwnedShards, check_scales, check_shards
 
 _COMPANIONS = "files"
@@ -190,7 +190,7 @@ def _find_files(root: Path, manifest: Manifest, progress: Progress | None) -> Ge
         except FormatError as error:
             yield error
         except OSError as error:
-            yield unreadable(path, error)
+            yield layout.unreadable(path, error)
     meter = Meter(progress, [2 * sum(files[path].size for path in places)])
     return _Bundle(root, manifest, files, places, frozenset(absent), meter)
 
@@ -206,7 +206,7 @@ def _check_hashes(bundle: _Bundle, path: str) -> list[FormatError]:
     except ConnectionError:  # a broken pipe: who showed the progress went away
         raise
     except OSError as error:
-        return [unreadable(entry.path, error)]
+        return [layout.unreadable(entry.path, error)]
     if written.sha256 != entry.sha256:
         return [IntegrityError("FILE-2", entry.path, "changed since it was written (another sha256)")]
     if entry.git_oid not in {None, written.git_oid}:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from tallstore.errors import FormatError
+from tallstore.format.layout import unreadable
 from tallstore.format.shard_reader import LocalFile
 
 Problems = Iterator[FormatError]
@@ -33,8 +34,3 @@ def attempt(where: str, action: Callable[[], Result]) -> Generator[FormatError, 
     except OSError as error:
         yield unreadable(where, error)
     return None
-
-
-def unreadable(where: str, error: OSError) -> FormatError:
-    """The problem that the system cannot read a file (FILE-4)."""
-    return FormatError("FILE-4", where, f"cannot be read ({error.strerror})")
