@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from tallstore import transformers as transformers
+    from tallstore.caller_warnings import NewerFormatWarning
     from tallstore.errors import (
         AdapterCheckpointError,
         BaseError,
@@ -95,6 +96,7 @@ __all__ = [
     "Localize",
     "MissingExtraError",
     "NameMismatchError",
+    "NewerFormatWarning",
     "NonFiniteError",
     "NotFetchedError",
     "OptionError",
@@ -139,6 +141,7 @@ _MODULES: Final = ("transformers",)
 # Where the names are that are no errors. No module of the package has the name of a function: importing one would put
 # the module in the function's place.
 _HOMES: Final = {
+    "NewerFormatWarning": "tallstore.caller_warnings",
     "Bundle": "tallstore.loading.bundle",
     "open_bundle": "tallstore.loading.bundle",
     "pull": "tallstore.hub.pulling",

@@ -13,27 +13,32 @@ from typing import Any, NoReturn, TypeVar
 import msgspec
 from msgspec import Struct, structs
 
-from tallstore.caller_warnings import warn
-from tallstore.errors import FormatError, IntegrityError, UnsupportedFeatureError, UnsupportedVersionError
-from tallstore.format.manifest import FORMAT_VERSION, BaseTable, GroupTable, Manifest, TaskTable
-
-#: Features that this reader has. Every one may stand in `required_features`.
-FEATURES: frozenset[str] = frozenset()
+from tallstore.caller_warnings import NewerFormatWarning, warn
+from tallstore.errors import FormatError, IntegrityError, UnsupportedVersionError
+from tallstore.format.manifest import BaseTable, GroupTable, Manifest, TaskTable
+from tallstore.format.quoting import key_place, quoted
+from tallstore.format.versions import check_features, check_version, is_newer
 
 MAX_JSON_NBYTES = 64 << 20
 MAX_JSON_DEPTH = 32
 
-_MAX_SHOWN_TEXT = 80
+_MAX_SHOWN_KEYS = 3
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 Table = TypeVar("Table", Manifest, BaseTable, GroupTable, TaskTable)
 
 
-def parse_manifest(raw: bytes, where: str) -> Manifest:
+def parse_manifest(raw: bytes, where: str, *, to_change: bool = False) -> Manifest:
     """Parse tallstore.json: its own hash, its version and its features first, then every field.
 
+    Args:
+        raw: the file.
+        where: its name, for messages.
+        to_change: whether it will be written anew, as `structs.replace` makes it: what would be lost is refused then,
+            and the version stays what it is.
+
     Raises:
-        UnsupportedVersionError: VER-1, VER-2.
+        UnsupportedVersionError: VER-1, VER-2; WRITE-5, it has keys of a newer version, and is to be changed.
         UnsupportedFeatureError: VER-4.
         IntegrityError: MAN-1, a byte was changed.
         FormatError: JSON-1 to JSON-4, VER-3, LIM-1.
@@ -44,10 +49,12 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
     newer_minor = _check_version(document, where)
     _check_own_hash(document, raw, where)
     _check_features_first(document, where)
-    return _convert(document, Manifest, where, newer_minor=newer_minor) if manifest is None else manifest
+    if manifest is not None:
+        return manifest
+    return _convert(document, Manifest, where, newer_minor=newer_minor, to_change=to_change)
 
 
-def parse(raw: bytes, table: type[Table], where: str, *, newer_minor: bool = False) -> Table:
+def parse(raw: bytes, table: type[Table], where: str, *, newer_minor: bool = False, to_change: bool = False) -> Table:
     """Parse another JSON file of a bundle.
 
     Args:
@@ -55,8 +62,10 @@ def parse(raw: bytes, table: type[Table], where: str, *, newer_minor: bool = Fal
         table: the type to parse into.
         where: the file's name, for messages.
         newer_minor: whether the manifest's version is a newer minor, whose unknown keys are ignored with a warning.
+        to_change: as in `parse_manifest`.
 
     Raises:
+        UnsupportedVersionError: WRITE-5, as in `parse_manifest`.
         UnsupportedFeatureError: VER-4, before anything else of the table is looked at.
         FormatError: JSON-1 to JSON-4, VER-3, LIM-1.
     """
@@ -64,7 +73,9 @@ def parse(raw: bytes, table: type[Table], where: str, *, newer_minor: bool = Fal
     parsed = _as_written(raw, table)
     document = _document(raw, where) if parsed is None else structs.asdict(parsed)
     _check_features_first(document, where)
-    return _convert(document, table, where, newer_minor=newer_minor) if parsed is None else parsed
+    if parsed is not None:
+        return parsed
+    return _convert(document, table, where, newer_minor=newer_minor, to_change=to_change)
 
 
 def _as_written(raw: bytes, table: type[Table]) -> Table | None:
@@ -84,16 +95,7 @@ def _as_written(raw: bytes, table: type[Table]) -> Table | None:
 
 def is_newer_minor(manifest: Manifest) -> bool:
     """Whether *manifest* is of a newer minor version than this reader's."""
-    return _version(manifest.format_version, "") > _version(FORMAT_VERSION, "")
-
-
-def check_features(required: tuple[str, ...], where: str) -> None:
-    """Refuse, by name, the first required feature that this reader does not have (VER-4)."""
-    for feature in required:
-        if feature not in FEATURES:
-            raise UnsupportedFeatureError(
-                "VER-4", where, f"requires the feature {feature!r}, which this reader does not have; update tallstore"
-            )
+    return is_newer(manifest.format_version)
 
 
 def _check_features_first(document: dict[str, Any], where: str) -> None:
@@ -132,7 +134,7 @@ def _load(text: str, where: str) -> object:
         found = dict(pairs)
         if len(found) != len(pairs):
             [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
-            raise FormatError("JSON-2", where, f"has the key {_quoted(twice)} twice in one object")
+            raise FormatError("JSON-2", where, f"has the key {quoted(twice)} twice in one object")
         return found
 
     def refuse(constant: str) -> NoReturn:
@@ -140,15 +142,11 @@ def _load(text: str, where: str) -> object:
 
     def finite(digits: str) -> float:
         if math.isinf(number := float(digits)):
-            raise FormatError("JSON-1", where, f"has {_quoted(digits)}, a number beyond the range of float64")
+            raise FormatError("JSON-1", where, f"has {quoted(digits)}, a number beyond the range of float64")
         return number
 
     parsed: object = json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
     return parsed
-
-
-def _quoted(text: str) -> str:
-    return repr(text) if len(text) <= _MAX_SHOWN_TEXT else f"{text[:_MAX_SHOWN_TEXT]!r}…"
 
 
 def _check_depth(document: dict[str, Any], where: str) -> None:
@@ -175,24 +173,11 @@ def _check_text(document: dict[str, Any], text: str, where: str) -> None:
         raise FormatError("JSON-1", where, "escapes one half of a surrogate pair, which is no text") from None
 
 
-def _version(text: object, where: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(0|[1-9][0-9]{0,5})\.(0|[1-9][0-9]{0,5})(-draft)?", text) if isinstance(text, str) else None
-    if found is None:
-        raise UnsupportedVersionError("VER-1", where, f"format_version is {str(text)[:40]!r}, which is no version")
-    return int(found[1]), int(found[2])
-
-
 def _check_version(document: dict[str, Any], where: str) -> bool:
     """Refuse what this reader does not read; True for a newer minor version."""
     if document.get("format") != "tallstore":
         raise FormatError("JSON-3", where, "is not the manifest of a tallstore bundle (its format is not 'tallstore')")
-    text = document.get("format_version")
-    version, reader = _version(text, where), _version(FORMAT_VERSION, where)
-    if version[0] != reader[0]:
-        raise UnsupportedVersionError("VER-1", where, f"format_version is {text}, this reader reads {reader[0]}.x")
-    if str(text).endswith("-draft") and text != FORMAT_VERSION:
-        raise UnsupportedVersionError("VER-2", where, f"format_version is {text}, this reader reads {FORMAT_VERSION}")
-    return version > reader
+    return check_version(document.get("format_version"), where)
 
 
 def _check_own_hash(document: dict[str, Any], raw: bytes, where: str) -> None:
@@ -211,17 +196,32 @@ def own_sha256(raw: bytes, recorded: str) -> str | None:
     return hashlib.sha256(raw.replace(digits, b"0" * len(digits))).hexdigest()
 
 
-def _convert(document: dict[str, Any], table: type[Table], where: str, *, newer_minor: bool) -> Table:
+def _convert(document: dict[str, Any], table: type[Table], where: str, *, newer_minor: bool, to_change: bool) -> Table:
+    parsed = _typed(document, table, where)
+    unknown = list(_unknown_keys(document, parsed, "$"))
+    if unknown and not newer_minor:
+        raise FormatError("VER-3", where, f"has the unknown key {unknown[0]}")
+    if unknown and to_change:
+        problem = f"has {_several_keys(unknown)} of a newer version, lost if this version changed it; update tallstore"
+        raise UnsupportedVersionError("WRITE-5", where, problem)
+    if unknown:
+        warn(f"{where}: ignores {_several_keys(unknown)} of a newer version", NewerFormatWarning)
+    return parsed
+
+
+def _typed(document: dict[str, Any], table: type[Table], where: str) -> Table:
     try:
-        parsed = msgspec.convert(document, table, strict=True)
+        return msgspec.convert(document, table, strict=True)
     except msgspec.ValidationError as error:
         over_limit = re.search("of length <= [0-9]", str(error)) is not None
         raise FormatError("LIM-1" if over_limit else "JSON-3", where, str(error)) from None
-    for place in _unknown_keys(document, parsed, "$"):
-        if not newer_minor:
-            raise FormatError("VER-3", where, f"has the unknown key {place}")
-        warn(f"{where}: ignores the unknown key {place} of a newer version")
-    return parsed
+
+
+def _several_keys(places: list[str]) -> str:
+    if len(places) == 1:
+        return f"the unknown key {places[0]}"
+    more = ", …" if len(places) > _MAX_SHOWN_KEYS else ""
+    return f"{len(places)} unknown keys ({', '.join(places[:_MAX_SHOWN_KEYS])}{more})"
 
 
 def _unknown_keys(raw: object, parsed: object, place: str) -> Iterator[str]:
@@ -229,12 +229,12 @@ def _unknown_keys(raw: object, parsed: object, place: str) -> Iterator[str]:
         known = {*parsed.__struct_encode_fields__, parsed.__struct_config__.tag_field}
         for key, value in raw.items():
             if key not in known:
-                yield f"{place}.{key}"
+                yield key_place(place, key)
             elif key in parsed.__struct_encode_fields__:
-                yield from _unknown_keys(value, getattr(parsed, key), f"{place}.{key}")
+                yield from _unknown_keys(value, getattr(parsed, key), key_place(place, key))
     elif isinstance(parsed, dict) and isinstance(raw, dict):
         for key, value in parsed.items():
-            yield from _unknown_keys(raw[key], value, f"{place}.{key}")
+            yield from _unknown_keys(raw[key], value, key_place(place, key))
     elif isinstance(parsed, tuple) and isinstance(raw, list):
         for position, value in enumerate(parsed):
             if isinstance(value, Struct):

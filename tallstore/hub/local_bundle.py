@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Final
 
+from tallstore.caller_warnings import warn
 from tallstore.errors import BundleNotFoundError, CardError, FormatError, IntegrityError
 from tallstore.files import hash_bytes, hash_file, write_file
 from tallstore.format import layout
@@ -84,12 +85,17 @@ class LocalBundle:
                 write_file(self.root / ORIGIN, serialise_origin(Origin(repo_id, commit)))
 
     def refuse_broken(self, progress: Progress | None) -> None:
-        """Verify the bundle.
+        """Verify the bundle; of a group or task that needs a feature which is not here, only the bytes.
 
         Raises:
             FormatError: the first of its problems.
         """
-        problems = verify(self.root, progress=progress)
+        problems = []
+        for problem in verify(self.root, progress=progress):
+            if problem.rule == "VER-4":  # the manifest's own features were looked at when it was parsed
+                warn(f"{problem}: its files are pushed as they are")
+            else:
+                problems.append(problem)
         if problems:
             first = problems[0]
             more = f"; {len(problems)} problems in all, which verify lists" if len(problems) > 1 else ""

@@ -9,7 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from tallstore.errors import FormatError, HubConflictError, HubError, NotFetchedError, OutputExistsError
+from tallstore.errors import (
+    FormatError,
+    HubConflictError,
+    HubError,
+    NotFetchedError,
+    OutputExistsError,
+    UnsupportedFeatureError,
+)
 from tallstore.files import hash_bytes
 from tallstore.format import layout
 from tallstore.format.manifest import FileEntry, Manifest, TaskTable
@@ -203,8 +210,12 @@ def _card(local: LocalBundle, repository: Repository, known: Mapping[str, bytes]
         path = layout.task_table(task.slug)
         if path not in known:
             return task
-        table = parse(known[path], TaskTable, path, newer_minor=is_newer_minor(local.manifest))
-        return summarise_task(tables, entries[task.slug], table, fetched=False)
+        entry = entries[task.slug]
+        try:
+            table = parse(known[path], TaskTable, path, newer_minor=is_newer_minor(local.manifest))
+        except UnsupportedFeatureError as error:
+            return summarise_task(tables, entry, None, fetched=False, unreadable=str(error))
+        return summarise_task(tables, entry, table, fetched=False)
 
     remote = decode(known[README], f"{repository.where}, {README}") if README in known else None
     whole = dataclasses.replace(summary, tasks=tuple(map(described, summary.tasks)))

@@ -9,17 +9,28 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from tallstore import files
-from tallstore.errors import BundleNotFoundError, FormatError, OptionError, OutputError, OutputExistsError
+from tallstore.caller_warnings import warn
+from tallstore.errors import (
+    BundleNotFoundError,
+    FormatError,
+    OptionError,
+    OutputError,
+    OutputExistsError,
+    UnsupportedFeatureError,
+)
 from tallstore.format import layout
 from tallstore.format.bundle_files import BundleFiles
 from tallstore.format.manifest import FileEntry, Manifest
 from tallstore.format.origin import ORIGIN, Origin, read_origin, serialise_origin
+from tallstore.format.owners import Task
 from tallstore.format.parsing import parse_manifest
 from tallstore.hub import transfer
 from tallstore.hub.ids import parse_hub_id
 from tallstore.hub.pinned import Access
 from tallstore.hub.snapshot import Snapshot, open_snapshot
 from tallstore.meter import Progress
+
+_COMPANIONS: Final = "files"
 
 
 def pull(
@@ -91,19 +102,37 @@ def pull(
 
 
 def _entries(bundle: BundleFiles, names: Iterable[str]) -> list[FileEntry]:
-    """What a partial bundle of these tasks consists of, the manifest aside; brings their tables."""
-    tasks = bundle.tables_of(names)
-    directories = {
-        layout.BASE_DIRECTORY,
-        *(task.directory for task in tasks),
-        *(task.group.directory for task in tasks),
-    }
+    """What a partial bundle of these tasks consists of, the manifest aside; brings their tables.
+
+    Where one needs a feature that is not here, nobody knows which companion files are its own: all of them are brought.
+    """
+    names = list(names)
+    directories = {layout.BASE_DIRECTORY}
+    for entry in map(bundle.entry, names):
+        directories |= {layout.task_directory(entry.slug), layout.group_directory(entry.group)}
+    tasks, too_new = _tables(bundle, names)
     companions = {layout.companion_path(file.sha256) for task in tasks for file in task.table.files}
+    if too_new is not None:
+        warn(f"{bundle.where}: {too_new}; its files are brought as they are")
+        directories.add(_COMPANIONS)
     return [
         entry
         for path, entry in bundle.files.items()
         if path == layout.BASE_TABLE or path in companions or path.rpartition("/")[0] in directories
     ]
+
+
+def _tables(bundle: BundleFiles, names: Sequence[str]) -> tuple[list[Task], UnsupportedFeatureError | None]:
+    """The tables of tasks, and why the first is left out of those that need a feature which is not here."""
+    try:
+        return bundle.tables_of(names), None
+    except UnsupportedFeatureError as error:
+        too_new = error
+    tasks = []
+    for name in names:
+        with contextlib.suppress(UnsupportedFeatureError):
+            tasks.append(bundle.task(name))
+    return tasks, too_new
 
 
 # --- a directory ------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ are parsed strictly and their hashes compared; whether they agree with each othe
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -229,7 +228,8 @@ def summarise(path: Path, on_hub: str | None = None) -> BundleSummary:
     tables = Tables(path)
     manifest = tables.manifest
     here = {task.group for task in manifest.tasks if tables.is_fetched(task)}
-    groups = tuple(_summarise_group(tables, group, fetched=group.id in here) for group in manifest.groups)
+    too_new: dict[str, str] = {}
+    groups = tuple(_summarise_group(tables, group, too_new, fetched=group.id in here) for group in manifest.groups)
     return BundleSummary(
         path=path,
         where=on_hub or str(path),
@@ -237,7 +237,7 @@ def summarise(path: Path, on_hub: str | None = None) -> BundleSummary:
         generator=manifest.generator,
         base=_summarise_base(tables, needed=on_hub is None),
         groups=groups,
-        tasks=tuple(_find_task(tables, task) for task in manifest.tasks),
+        tasks=tuple(_find_task(tables, task, too_new.get(task.group)) for task in manifest.tasks),
         nbytes=tables.manifest_nbytes + sum(file.size for file in manifest.files),
         base_nbytes=tables.nbytes(layout.BASE_DIRECTORY) + tables.nbytes("", [layout.BASE_TABLE]),
         companions_nbytes=sum(file.size for file in manifest.files if file.path.startswith(_COMPANIONS)),
@@ -338,12 +338,15 @@ def _summarise_base(tables: Tables, *, needed: bool) -> BaseSummary:
     )
 
 
-def _summarise_group(tables: Tables, entry: GroupEntry, *, fetched: bool) -> GroupSummary:
+def _summarise_group(tables: Tables, entry: GroupEntry, too_new: dict[str, str], *, fetched: bool) -> GroupSummary:
+    """Sum up one group; where its table needs a newer version, *too_new* learns why."""
     merged_dtypes = None
     if fetched:
-        with contextlib.suppress(UnsupportedFeatureError):
+        try:
             vectors = tables.read(layout.group_table(entry.id), GroupTable).vectors
             merged_dtypes = tuple(sorted({vector.dtype for vector in vectors}))
+        except UnsupportedFeatureError as error:
+            too_new[entry.id] = str(error)
     return GroupSummary(
         id=entry.id,
         method=entry.method.name,
@@ -354,10 +357,11 @@ def _summarise_group(tables: Tables, entry: GroupEntry, *, fetched: bool) -> Gro
     )
 
 
-def _find_task(tables: Tables, entry: TaskEntry) -> TaskSummary:
-    table, unreadable = None, None
+def _find_task(tables: Tables, entry: TaskEntry, unreadable: str | None) -> TaskSummary:
+    """Sum up one task; *unreadable* says why its group cannot be read."""
+    table = None
     fetched = tables.is_fetched(entry)
-    if fetched:
+    if fetched and unreadable is None:
         try:
             table = tables.read(layout.task_table(entry.slug), TaskTable)
         except UnsupportedFeatureError as error:

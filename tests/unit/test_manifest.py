@@ -10,8 +10,9 @@ import warnings
 import msgspec
 import pytest
 
+from tallstore.caller_warnings import NewerFormatWarning
 from tallstore.errors import FormatError, IntegrityError, UnsupportedFeatureError, UnsupportedVersionError
-from tallstore.format import parsing
+from tallstore.format import parsing, versions
 from tallstore.format.manifest import BaseTable, GroupTable, Manifest, MaskCode, TaskTable
 from tallstore.format.parsing import own_sha256, parse, parse_manifest, serialise, serialise_manifest
 
@@ -422,7 +423,9 @@ def test_other_versions_are_refused(version, rule):
 
 def test_a_refused_version_names_both_sides():
     error = refused_manifest(changed(MANIFEST, "format_version", to="2.3"))
-    assert error.problem == "format_version is 2.3, this reader reads 1.x"
+    assert error.problem == "format_version is 2.3, this reader reads 1.x; update tallstore"
+    error = refused_manifest(changed(MANIFEST, "format_version", to="0.1"))
+    assert error.problem == "format_version is 0.1, this reader reads 1.x; pack the bundle again"
 
 
 @pytest.mark.parametrize("found", ["tallstore.task", None, 1])
@@ -463,22 +466,114 @@ def test_an_unknown_key_of_a_table_is_refused_at_its_place(path, place):
     assert (error.rule, error.problem) == ("VER-3", f"has the unknown key {place}")
 
 
-def test_unknown_keys_of_a_newer_minor_version_are_ignored_with_a_warning():
+# reader's version, bundle's, and the rule of the refusal; None where it is read, "newer" where unknown keys are ignored
+READERS = [
+    ("1.0-draft", "1.0-draft", None),
+    ("1.0-draft", "1.1-draft", "VER-2"),
+    ("1.0-draft", "1.0", "VER-2"),
+    ("1.0-draft", "1.1", "VER-2"),
+    ("1.0", "1.0-draft", "VER-2"),
+    ("1.0", "1.1-draft", "VER-2"),
+    ("1.0", "1.0", None),
+    ("1.0", "1.1", "newer"),
+    ("1.0", "1.10", "newer"),
+    ("1.0", "1.999999", "newer"),
+    ("1.0", "2.0", "VER-1"),
+    ("1.2", "1.0", None),
+    ("1.2", "1.10", "newer"),
+    ("1.2", "1.0-draft", "VER-2"),
+    ("1.2", "1.2-draft", "VER-2"),
+    ("1.2-draft", "1.2-draft", None),
+    ("1.2-draft", "1.1", None),
+    ("1.2-draft", "1.0", None),
+    ("1.2-draft", "1.0-draft", "VER-2"),
+    ("1.2-draft", "1.2", "VER-2"),
+    ("1.2-draft", "1.3", "VER-2"),
+    ("1.2-draft", "2.0-draft", "VER-1"),
+]
+
+
+@pytest.mark.parametrize(("reader", "found", "outcome"), READERS)
+def test_which_versions_a_reader_reads(monkeypatch, reader, found, outcome):
+    monkeypatch.setattr(versions, "FORMAT_VERSION", reader)
+    raw = sealed(changed(MANIFEST, "format_version", to=found))
+    if outcome in {None, "newer"}:
+        assert parsing.is_newer_minor(parse_manifest(raw, WHERE)) == (outcome == "newer")
+    else:
+        error = refusal(raw)
+        assert error.rule == outcome
+        assert found in error.problem
+        assert reader.partition(".")[0] in error.problem
+
+
+def test_a_bundle_of_the_draft_is_to_be_packed_again(monkeypatch):
+    monkeypatch.setattr(versions, "FORMAT_VERSION", "1.0")
+    error = refused_manifest(changed(MANIFEST, "format_version", to="1.0-draft"))
+    assert error.problem == "format_version is 1.0-draft, a draft; this reader reads 1.0; pack the bundle again"
+
+
+def test_unknown_keys_of_a_newer_minor_version_are_ignored_with_a_warning(monkeypatch):
+    monkeypatch.setattr(versions, "FORMAT_VERSION", "1.0")
     newer = changed(changed(MANIFEST, "format_version", to="1.1"), "tasks", 0, "color", to="blue")
-    with pytest.warns(UserWarning, match=r"here\.json: ignores the unknown key \$\.tasks\[0\]\.color"):
+    with pytest.warns(NewerFormatWarning, match=r"^here\.json: ignores the unknown key \$\.tasks\[0\]\.color"):
         manifest = parse_manifest(sealed(newer), WHERE)
     assert parsing.is_newer_minor(manifest)
     table = json.dumps(changed(TASK, "tensors", 0, "color", to="blue")).encode()
-    with pytest.warns(UserWarning, match="color"):
+    with pytest.warns(NewerFormatWarning, match="color"):
         parse(table, TaskTable, WHERE, newer_minor=True)
     assert refusal(table, TaskTable).rule == "VER-3"
 
 
-def test_a_newer_minor_version_without_unknown_keys_says_nothing():
+def test_one_warning_a_file_names_the_first_keys():
+    table = json.loads(json.dumps(TASK))
+    for tensor in table["tensors"]:
+        tensor["future"] = 1
+    with pytest.warns(NewerFormatWarning) as caught:
+        parse(json.dumps(table).encode(), TaskTable, WHERE, newer_minor=True)
+    places = ", ".join(f"$.tensors[{number}].future" for number in range(3))
+    expected = f"{WHERE}: ignores {len(TASK['tensors'])} unknown keys ({places}, …) of a newer version"
+    assert [str(warning.message) for warning in caught] == [expected]
+
+
+@pytest.mark.parametrize("key", ["two\nlines", "\x1b[2J", "\u202egnp", "a b", "", "x" * 100_000])
+def test_a_key_is_shown_on_one_line_and_shortly(key):
+    error = refused_task("tensors", 0, key, to=1)
+    assert error.rule == "VER-3"
+    assert str(error).isprintable()
+    assert len(str(error)) < 200
+
+
+def test_a_feature_is_shown_on_one_line_and_shortly():
+    for feature in ("two\nlines", "\x1b[2J", "x" * 100_000):
+        error = refused_task("required_features", to=[feature])
+        assert error.rule == "VER-4"
+        assert str(error).isprintable()
+        assert len(str(error)) < 250
+
+
+def test_what_would_be_lost_is_not_changed(monkeypatch):
+    monkeypatch.setattr(versions, "FORMAT_VERSION", "1.0")
+    newer = changed(MANIFEST, "format_version", to="1.1")
+    assert parse_manifest(sealed(newer), WHERE, to_change=True).format_version == "1.1"
+    with pytest.raises(
+        UnsupportedVersionError, match=r"here\.json: has the unknown key \$\.color of a newer"
+    ) as caught:
+        parse_manifest(sealed(changed(newer, "color", to="blue")), WHERE, to_change=True)
+    assert caught.value.rule == "WRITE-5"
+    table = json.dumps(changed(TASK, "tensors", 0, "color", to="blue")).encode()
+    with pytest.raises(UnsupportedVersionError, match=r"color.* update tallstore") as caught:
+        parse(table, TaskTable, WHERE, newer_minor=True, to_change=True)
+    assert caught.value.rule == "WRITE-5"
+    assert parse(json.dumps(TASK).encode(), TaskTable, WHERE, to_change=True).name == TASK["name"]
+
+
+def test_a_newer_minor_version_without_unknown_keys_says_nothing(monkeypatch):
+    monkeypatch.setattr(versions, "FORMAT_VERSION", "1.0")
+    document = changed(MANIFEST, "format_version", to="1.0")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         parse_manifest(sealed(changed(MANIFEST, "format_version", to="1.7")), WHERE)
-    assert not parsing.is_newer_minor(parse_manifest(sealed(MANIFEST), WHERE))
+    assert not parsing.is_newer_minor(parse_manifest(sealed(document), WHERE))
 
 
 def test_a_required_feature_is_refused_by_name_before_the_rest_is_looked_at():

@@ -16,6 +16,8 @@ tallstore verify bundle
 tallstore verify bundle --json
 tallstore verify org/name"""
 
+_OF_NEWER: Final = {"VER-1", "VER-2", "VER-4"}
+
 
 def verify(bundle: BundleArgument, as_json: JsonOption = False) -> None:
     """Check every rule of the format and every byte; print each problem, and exit with 1 if there is one.
@@ -41,5 +43,7 @@ def verify(bundle: BundleArgument, as_json: JsonOption = False) -> None:
         root, on_hub = find(bundle)
         print_verified(presence(root)) if on_hub is None else print_compared(on_hub)
     if problems:
-        terminal.report_error(f"{bundle}: {several(len(problems), 'problem')}; fetch or pack the bundle again")
+        is_newer = all(problem.rule in _OF_NEWER for problem in problems)
+        advice = "a newer tallstore can judge it" if is_newer else "fetch or pack the bundle again"
+        terminal.report_error(f"{bundle}: {several(len(problems), 'problem')}; {advice}")
         raise typer.Exit(1)

@@ -1,0 +1,19 @@
+"""Text from a file as messages show it: on one line, nothing in it that a terminal acts on, and not much of it."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+_MAX_SHOWN: Final = 80
+_PLAIN_KEY: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
+
+
+def quoted(text: str) -> str:
+    """Text in quotes; what is no printable character is escaped."""
+    return repr(text) if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]!r}…"
+
+
+def key_place(parent: str, key: str) -> str:
+    """The place of a key in a JSON document."""
+    return f"{parent}.{key}" if _PLAIN_KEY.fullmatch(key) else f"{parent}[{quoted(key)}]"
