@@ -22,6 +22,7 @@ from tallstore.hub.opening import open_files
 from tallstore.hub.pinned import Access
 from tallstore.inspecting.statistics import Statistics, measure_masks
 from tallstore.loading import representation
+from tallstore.loading.checkpoint_names import NamedTensors
 from tallstore.loading.consensus import consensus
 from tallstore.loading.device_expert import DeviceExpert
 from tallstore.loading.expert import Expert
@@ -191,7 +192,8 @@ class Bundle:
         Parameters of one storage are written once, and it is enough that the expert has one of their names.
 
         Args:
-            model: its state dict has the expert's names.
+            model: its state dict has the expert's names; or it is a model of transformers whose files have them, where
+                transformers renames or stacks what it loads.
             task: the expert's name.
             strict: refuse a model that lacks names, or has others.
 
@@ -199,12 +201,16 @@ class Bundle:
             the names that the expert lacks, and those that the model lacks, as `load_state_dict` does.
 
         Raises:
-            OptionError: the model has other names (if *strict*), a tensor of another shape, one that has no memory, or
-                ties two that differ in the expert. Nothing was written then.
+            OptionError: the model has other names (if *strict*), a tensor of another shape, one that has no memory, one
+                that transformers computes from the expert's, or ties two that differ in the expert. Nothing was written
+                then.
             TallstoreError: as `tensor`. Some tensors were written then, others not, or not to their end.
         """
         expert = self._expert(task)
-        return load_expert(expert, model, partial(DeviceExpert.on, expert, self._files, self._pinned()), strict=strict)
+        tensors = NamedTensors(model, expert.names)()
+        return load_expert(
+            expert, tensors, partial(DeviceExpert.on, expert, self._files, self._pinned()), strict=strict
+        )
 
     def attach(
         self,
@@ -225,7 +231,8 @@ class Bundle:
         dtype, device and storage, whatever devices they are on.
 
         Args:
-            model: its state dict has the experts' names.
+            model: its state dict has the experts' names; or it is a model of transformers whose files have them, where
+                transformers renames or stacks what it loads.
             strict: refuse a switch to an expert that lacks names of the model, or has others. Where it is off, what an
                 expert lacks is as in the base; what the base lacks too is left as the model had it.
             cache_nbytes: how many bytes of tasks' masks and whole tensors, decoded, stay in memory beside those of the
@@ -235,7 +242,8 @@ class Bundle:
                 first one to each task brings what it needs. *cache_nbytes* then bounds the masks on each device.
 
         Raises:
-            OptionError: the model has no tensor of the base's, or *cache_nbytes* is negative.
+            OptionError: the model has no tensor of the base's, or one that transformers computes from the base's; or
+                *cache_nbytes* is negative.
             FormatError: base.json breaks a rule.
         """
         return Switcher(

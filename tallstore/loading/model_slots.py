@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch.autograd.graph import increment_version
 from torch.nn.parameter import is_lazy
 
 from tallstore.errors import OptionError
-from tallstore.loading.model_weights import by_memory, model_tensors
+from tallstore.loading.model_weights import by_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +19,7 @@ class Slot:
     """A piece of memory of the model.
 
     Attributes:
-        names: in its state dict; several for tied tensors.
+        names: as `NamedTensors` gives them; several for tied tensors.
         tensors: by these names, each once.
         place: equal as long as it is the same memory.
     """
@@ -40,7 +41,7 @@ class Slot:
     @property
     def is_frozen(self) -> bool:
         """Whether torch counts all writes to it: not those of fused optimisers, nor of batch norm to its buffers."""
-        return all(isinstance(tensor, nn.Parameter) and not tensor.requires_grad for tensor in self.tensors)
+        return all(isinstance(whole, nn.Parameter) and not whole.requires_grad for whole in map(_whole, self.tensors))
 
     @property
     def versions(self) -> tuple[int, ...] | None:
@@ -56,9 +57,13 @@ class Slot:
                 increment_version(tensor)
 
 
-def slots_of(model: nn.Module) -> dict[str, Slot]:
-    """The model's memory as it is now, by first names."""
-    tensors = model_tensors(model)
+def _whole(tensor: Tensor) -> Tensor:
+    """What a tensor is a part of, itself by default."""
+    return tensor if isinstance(tensor, nn.Parameter) or tensor._base is None else tensor._base  # noqa: SLF001
+
+
+def slots_of(tensors: Mapping[str, Tensor]) -> dict[str, Slot]:
+    """The memory of a model's *tensors*, by first names."""
     slots: dict[str, Slot] = {}
     for place, names in by_memory(tensors).items():
         unique = {id(tensors[name]): tensors[name] for name in names}

@@ -36,13 +36,17 @@ class LoadResult(NamedTuple):
 
 
 def load_expert(
-    expert: Expert, model: nn.Module, on_device: Callable[[torch.device], DeviceExpert], *, strict: bool
+    expert: Expert,
+    tensors: Mapping[str, Tensor],
+    on_device: Callable[[torch.device], DeviceExpert],
+    *,
+    strict: bool,
 ) -> LoadResult:
-    """Write *expert* into *model*; what can be refused is refused before anything is written.
+    """Write *expert* into a model; what can be refused is refused before anything is written.
 
     Args:
         expert: to be written.
-        model: to write to.
+        tensors: the model's, by the expert's names.
         on_device: gives the same expert for what of the model is on a device.
         strict: as `match`.
 
@@ -50,7 +54,7 @@ def load_expert(
         OptionError: names (if *strict*), shapes or ties do not fit, or a tensor of the model has no memory.
         TallstoreError: as `Expert.read`.
     """
-    writes, result = match(expert, model_tensors(model), strict=strict)
+    writes, result = match(expert, tensors, strict=strict)
     with torch.no_grad():
         direct = {name: target for name, target in writes.items() if is_direct(target)}
         expert.write({name: target.detach().view(-1) for name, target in direct.items()})
@@ -75,7 +79,7 @@ def match(expert: Expert, targets: Mapping[str, Tensor], *, strict: bool) -> tup
 
     Args:
         expert: to be written.
-        targets: what `model_tensors` returned.
+        targets: the model's tensors, by the expert's names.
         strict: refuse a model that lacks names, or has others.
 
     Returns:

@@ -22,12 +22,13 @@ from tallstore.format.bundle_files import BundleFiles
 from tallstore.format.dtypes import chunk_spans
 from tallstore.format.manifest import BasedTensor, BaseTensor, SameTensor
 from tallstore.loading import parallel
+from tallstore.loading.checkpoint_names import NamedTensors
 from tallstore.loading.contents import OWN, Content, Holding, OfBase, OfExpert, State, Write, copy_base
 from tallstore.loading.device_expert import DeviceExpert
 from tallstore.loading.device_writes import DeviceWrites
 from tallstore.loading.expert import Expert
 from tallstore.loading.model_slots import Slot, check_mode, check_slot, memory_span, slots_of
-from tallstore.loading.model_weights import by_device, is_direct, is_sent, listed, match, model_tensors
+from tallstore.loading.model_weights import by_device, is_direct, is_sent, listed, match
 from tallstore.loading.pinned_base import PinnedBase
 from tallstore.loading.resident import ResidentBase, ResidentFiles
 
@@ -70,13 +71,14 @@ class Switcher:
         """Read base.json; see `Bundle.attach`.
 
         Raises:
-            OptionError: no tensor of the model is in the base or in a task, or a bound is negative.
+            OptionError: no tensor of the model is in the base or in a task, or as `NamedTensors`; or a bound is negative.
         """
         if cache_nbytes < 0:
             raise OptionError(f"cache_nbytes is {cache_nbytes}; give a number of bytes, 0 or more")
         self._model, self._strict = model, strict
         self._files = ResidentFiles(files, cache_nbytes)
         self._base = ResidentBase(base, keep=keep_base)
+        self._tensors = NamedTensors(model, self._files.base.keys())
         self._devices = DeviceWrites(self._files, self._base, cache_nbytes, enabled=on_device)
         self._lock = threading.RLock()
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tallstore-prefetch")
@@ -184,7 +186,7 @@ class Switcher:
             UnknownTaskError: *task* is not in the bundle.
         """
         self._files.entry(task)
-        return self._reader.submit(self._prefetch, task, frozenset(model_tensors(self._model)))
+        return self._reader.submit(self._prefetch, task, frozenset(self._tensors()))
 
     def __repr__(self) -> str:
         state = "of no expert: a switch failed" if self._failure is not None else f"active_expert={self._state.task!r}"
@@ -193,7 +195,7 @@ class Switcher:
     # --- a switch ---
 
     def _switch(self, task: str | None) -> None:
-        slots = slots_of(self._model)
+        slots = slots_of(self._tensors())
         before, wanted = self._state, self._wanted(task, slots)
         with self._files.keep(before.task, task):
             writes = [
@@ -258,7 +260,7 @@ class Switcher:
 
     def _first_state(self) -> State:
         """What a model is taken for that was just given: the base, and for the rest what it has."""
-        slots = slots_of(self._model)
+        slots = slots_of(self._tensors())
         contents = self._resting(slots)
         fetched = next((task.name for task in self._files.manifest.tasks if self._files.is_fetched(task.name)), None)
         if fetched is not None and OWN in contents.values():
@@ -415,8 +417,9 @@ class Switcher:
                 staged = self._staging[target.dtype][: target.numel()]
                 self._fill([(staged, content)])
                 target.copy_(staged.view(target.shape))
-        for slot, content in writes:
+        for slot, _ in writes:
             slot.count_write()
+        for slot, content in writes:  # once all are counted: those of one tensor's parts are counted together
             self._holdings[slot.name] = Holding(content, slot.place, slot.versions)
 
     def _send(self, writes: Sequence[Write]) -> None:
