@@ -24,6 +24,7 @@ from tallstore.loading import parallel
 from tallstore.loading.bundle import open_bundle
 from tallstore.meter import Meter, Progress
 from tallstore.packing import assemble, automatic, companions
+from tallstore.packing.advice import advise
 from tallstore.packing.arguments import check_arguments, open_expert, open_merged, reference, shared_dtype
 from tallstore.packing.calibrating import Calibrate, Calibrator, check_calibration
 from tallstore.packing.job import Fitting, Job, Options, passes_before
@@ -143,8 +144,9 @@ def pack(
                 scores = scorer.scores(root)
                 with files.writing(place):
                     report = with_scores(report, root, assemble.record_scores(root, scores), scores)
+            advised = advise(job, method, dtype or method.merged_dtype, report.tasks)
         uncalibrated = () if calibrator is None else calibrator.advice
-        advice = (*hints(opened_base, named, options.private), *missed, *uncalibrated, *report.advice)
+        advice = (*hints(opened_base, named, options.private), *missed, *uncalibrated, *advised)
     return replace(report, path=target, dry_run=dry_run, advice=advice)
 
 
