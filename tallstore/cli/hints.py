@@ -16,6 +16,8 @@ _OPTIONS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], str]], ...] = (
         lambda _: "give --base",
     ),
     (re.compile(r"\bSignedMask\(\)"), lambda _: "--method signed-mask"),
+    (re.compile(r"\bSign\(\)"), lambda _: "--method sign"),
+    (re.compile(r"\btallstore\.add\b"), lambda _: "tallstore add"),
     (re.compile(r"\bLocalize\(\)"), lambda _: "--method localize"),
     (re.compile(r"\bTallMask\(\)"), lambda _: "--method tall-mask"),
     (re.compile(r"\boverwrite=True"), lambda _: "--overwrite"),

@@ -17,10 +17,11 @@ from tallstore.fit import Auto, Emr, LeastSquares, Localize, Method, Sign, Signe
 from tallstore.loading import parallel
 from tallstore.meter import Meter, Progress
 from tallstore.notebook import html_table, number
+from tallstore.packing.advice import Fidelity, advise_among, mean
 from tallstore.packing.arguments import check_arguments, open_expert, open_merged
 from tallstore.packing.job import Fitting, Job, Options
-from tallstore.packing.plan import name_experts
 from tallstore.packing.packer import pack
+from tallstore.packing.plan import name_experts
 from tallstore.packing.recipe import Evaluate, patterns
 from tallstore.packing.trial import Trials
 from tallstore.sizes import readable
@@ -42,6 +43,9 @@ METHODS: tuple[Method, ...] = (
     Uniform(8),
     Localize(0.05),
 )
+
+
+_SIGNS = Sign(scale="tensor")
 
 
 @dataclass(frozen=True)
@@ -85,10 +89,12 @@ class Comparison:
     Attributes:
         rows: in the order that was asked for.
         checkpoints_nbytes: the experts as plain checkpoints.
+        advice: a line where so many tasks share a vector that signs alone are truer, and what groups would do.
     """
 
     rows: tuple[Compared, ...]
     checkpoints_nbytes: int
+    advice: tuple[str, ...] = ()
 
     @property
     def best(self) -> tuple[Compared, ...]:
@@ -112,7 +118,7 @@ class Comparison:
             }
             for row in self.rows
         ]
-        return {"checkpoints_nbytes": self.checkpoints_nbytes, "rows": rows}
+        return {"checkpoints_nbytes": self.checkpoints_nbytes, "rows": rows, "advice": list(self.advice)}
 
     def __str__(self) -> str:
         """A line a method; a star on those that no other beats."""
@@ -123,7 +129,7 @@ class Comparison:
             score = "" if row.mean_score is None else f", score {row.mean_score:.4g}"
             size = readable(row.bundle_nbytes)
             lines.append(f"{star} {described(row.method)}: {size}, {bits}cosine {row.mean_cosine:.4f}{score}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.advice])
 
     def _repr_html_(self) -> str:
         """The same as a table, for notebooks: those that no other beats bear a star."""
@@ -140,7 +146,7 @@ class Comparison:
             for row in self.rows
         ]
         fact = f"{readable(self.checkpoints_nbytes)} of checkpoints"
-        return html_table([fact], headings, rows, ["* no other is both smaller and truer"])
+        return html_table([fact], headings, rows, ["* no other is both smaller and truer", *self.advice])
 
 
 def compare(
@@ -171,7 +177,8 @@ def compare(
         progress: called with methods done and methods in all.
 
     Cost:
-        A pack of the sample for each method; reads of the whole inputs for those that need all of them.
+        A pack of the sample for each method; reads of the whole inputs for those that need all of them. Where signs
+        alone are truer, what groups would do is tried on still less (see `tallstore.packing.advice`).
 
     Raises:
         InputError: an input cannot be read or packed.
@@ -203,8 +210,19 @@ def compare(
                 rows.append(_measured(base, experts, method, **given))
             else:
                 rows.append(_predicted(job, trials, method, open_merged(method, opened_base, inputs)))
+        advice = advise_among(job, [(row.method, _fidelity(row)) for row in rows], lambda: _signs(job, trials, rows))
         tell(len(chosen), len(chosen))
-    return Comparison(_with_front(rows), nbytes)
+    return Comparison(_with_front(rows), nbytes, advice)
+
+
+def _signs(job: Job, trials: Trials, rows: Sequence[Compared]) -> Fidelity | None:
+    """What signs alone come to: one scale a tensor, as the estimates of a pack have it."""
+    known = next((row for row in rows if row.method == _SIGNS), None)
+    return _fidelity(_predicted(job, trials, _SIGNS, None) if known is None else known)
+
+
+def _fidelity(row: Compared) -> Fidelity | None:
+    return mean((cosine, row.bits) for cosine in row.cosine.values())
 
 
 def _predicted(job: Job, trials: Trials, method: Method, given: Checkpoint | None) -> Compared:

@@ -110,6 +110,15 @@ class Job:
         options = replace(self._options, estimates=False)
         return Job(base, experts, options, meter=Meter(None, [0]), pool=self.pool)
 
+    @property
+    def coded_by_all(self) -> list[str]:
+        """Base tensors that every expert has in a form that can be coded."""
+        return [
+            name
+            for name, parts in self._parts.items()
+            if len(parts) == len(self.experts) and all(part.whole_because is None for part in parts)
+        ]
+
     def prepare(self, method: Method) -> Fit:
         """*method* at work on these experts."""
         streams = {

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tallstore.checkpoints import Checkpoint
-from tallstore.fit import Method, SignedMask
+from tallstore.fit import Method
 from tallstore.format import layout
 from tallstore.format.manifest import Estimate, Manifest, TaskTable
 from tallstore.inspecting.cost import Costs, coded_numel
@@ -179,7 +179,7 @@ def report(
         base_nbytes=_nbytes(base),
         shared_nbytes=shared_nbytes,
         bundle_nbytes=sum(sizes.values()),
-        advice=_advice(method, tasks),
+        advice=(),
     )
 
 
@@ -208,26 +208,6 @@ def _sizes(root: Path, manifest: Manifest) -> Counter[str]:
 
 def _nbytes(checkpoint: Checkpoint) -> int:
     return sum(checkpoint.spec(name).nbytes for name in checkpoint.names if name not in checkpoint.aliases)
-
-
-def _advice(method: Method, tasks: tuple[PackedTask, ...]) -> tuple[str, ...]:
-    """One line where the default method would be both smaller and truer than what was chosen."""
-    measured = [
-        task for task in tasks if task.cosine is not None and task.bits is not None and "signed" in task.estimates
-    ]
-    if isinstance(method, SignedMask) or not measured:
-        return ()
-
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
-
-    bits, cosine = mean([task.bits or 0.0 for task in measured]), mean([task.cosine or 0.0 for task in measured])
-    other_bits = mean([task.estimates["signed"].bits for task in measured])
-    other_cosine = mean([task.estimates["signed"].cosine for task in measured])
-    if other_bits >= bits or other_cosine <= cosine:
-        return ()
-    theirs, ours = f"{other_bits:.2f} bits a parameter at cosine {other_cosine:.3f}", f"{bits:.2f} at {cosine:.3f}"
-    return (f"SignedMask() would be smaller and truer here: about {theirs}, against {ours}",)
 
 
 def _number(value: object) -> float | None:

@@ -22,6 +22,7 @@ from tallstore.loading.expert import Expert
 from tallstore.loading.pinned_base import PinnedBase
 from tallstore.meter import Meter, Progress
 from tallstore.packing import assemble, automatic, companions
+from tallstore.packing.advice import advise
 from tallstore.packing.arguments import check_arguments, open_merged, shared_dtype
 from tallstore.packing.calibrating import Calibrate, Calibrator, check_calibration
 from tallstore.packing.job import Fitting, Job, Options, passes_before
@@ -123,9 +124,10 @@ class Work:
         # Each was read more than once: the bundle is of one version of it.
         for checkpoint in (self._base, *(expert.checkpoint for expert in self._experts), *filter(None, [self._given])):
             checkpoint.check_unchanged()
+        advised = advise(job, recipe.method, recipe.dtype() or recipe.method.merged_dtype, report.tasks)
         uncalibrated = () if calibrator is None else calibrator.advice
         slips = hints(self._base, self._experts, recipe.options.private)
-        return replace(report, advice=(*slips, *self._missed, *uncalibrated, *report.advice))
+        return replace(report, advice=(*slips, *self._missed, *uncalibrated, *advised))
 
     def _fitting(self, job: Job, method: Method) -> Fitting:
         """The method at work; with several candidates for mask_lambda, each task's best."""

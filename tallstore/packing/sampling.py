@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -19,6 +19,26 @@ _WHOLE_NUMEL = 1 << 19  # tensors up to this size are taken whole
 _LEAST_NUMEL = 1 << 18
 _SHARE = 16  # of larger ones, one part in this many, but no fewer elements than the least
 _BLOCK_NUMEL = 1 << 12  # rows come in blocks of about this size: near enough to each other to be read together
+
+
+@dataclass(frozen=True)
+class Thinness:
+    """How much of a tensor a sample has.
+
+    Attributes:
+        whole_numel: tensors up to this size are taken whole.
+        least_numel, share: of larger ones, one part in *share*, but no fewer elements than the least.
+        block_numel: rows come in blocks of about this size.
+    """
+
+    whole_numel: int
+    least_numel: int
+    share: int
+    block_numel: int
+
+
+#: Enough to see whether a method works at all, of all but the smallest tensors.
+THIN = Thinness(whole_numel=1 << 13, least_numel=1 << 13, share=64, block_numel=1 << 9)
 
 
 @dataclass(frozen=True)
@@ -55,30 +75,39 @@ class Stride:
         return Sample((count, *spec.shape[1:]), pieces)
 
 
-def stride_of(spec: TensorSpec) -> Stride | None:
+def stride_of(spec: TensorSpec, thinness: Thinness | None = None) -> Stride | None:
     """How a tensor is sampled; None where it is taken whole.
 
     Few long rows, as of stacked experts, are taken whole too: a part of a row would be another tensor.
     """
-    if spec.numel <= _WHOLE_NUMEL or not spec.shape:
+    thin = thinness or Thinness(_WHOLE_NUMEL, _LEAST_NUMEL, _SHARE, _BLOCK_NUMEL)
+    if spec.numel <= thin.whole_numel or not spec.shape:
         return None
     unit = math.prod(spec.shape[1:])
-    block = max(1, _BLOCK_NUMEL // unit)
-    every = spec.numel // max(_LEAST_NUMEL, spec.numel // _SHARE)
+    block = max(1, thin.block_numel // unit)
+    every = spec.numel // max(thin.least_numel, spec.numel // thin.share)
     return Stride(unit, block, every) if spec.shape[0] >= 4 * block * every else None
 
 
 class SampledCheckpoint(Checkpoint):
     """Samples of a checkpoint's tensors, under the same names; reads only them."""
 
-    def __init__(self, whole: Checkpoint, strides: Mapping[str, Stride | None]) -> None:
-        """Show *whole* in samples; *strides* by tensor name, None or absent for whole tensors."""
+    def __init__(
+        self, whole: Checkpoint, strides: Mapping[str, Stride | None], names: Collection[str] | None = None
+    ) -> None:
+        """Show *whole* in samples.
+
+        Args:
+            whole: the checkpoint.
+            strides: by tensor name, None or absent for whole tensors.
+            names: of the tensors to show, without ties; all of them by default.
+        """
         samples = {name: stride.sample(whole.spec(name)) for name, stride in strides.items() if stride is not None}
         specs = {
             name: TensorSpec(whole.spec(name).dtype, samples[name].shape) if name in samples else whole.spec(name)
-            for name in whole.names
+            for name in (whole.names if names is None else names)
         }
-        super().__init__(Origin(whole.where), specs, whole.aliases)
+        super().__init__(Origin(whole.where), specs, whole.aliases if names is None else {})
         self._whole, self._samples = whole, samples
         self._ends = {
             name: list(accumulate(stop - start for start, stop in sample.pieces)) for name, sample in samples.items()

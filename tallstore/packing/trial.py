@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tallstore.checkpoints import Checkpoint
 from tallstore.files import hash_file
+from tallstore.fit import Fit, Method
 from tallstore.format.dtypes import chunk_count
 from tallstore.packing.companions import companions_of, reading
 from tallstore.packing.fidelity import Sums
@@ -17,11 +19,13 @@ from tallstore.packing.group import GroupPacker
 from tallstore.packing.job import Fitting, Job
 from tallstore.packing.outcome import PackReport
 from tallstore.packing.plan import Expert
-from tallstore.packing.sampling import SampledCheckpoint, Stride, stride_of
+from tallstore.packing.sampling import THIN, SampledCheckpoint, Stride, stride_of
 
 _HASH_NBYTES = 35  # of a chunk of the base, in base.json
 _CARRIED_NBYTES = 120  # of a companion file, in task.json
 _LISTED_NBYTES = 240  # of a file, in the manifest
+_THIN_NUMEL = 1 << 17
+_THIN_SHARE = 32
 
 
 @dataclass(frozen=True)
@@ -68,12 +72,24 @@ class Trial:
 class Trials:
     """Packs samples of a job's inputs."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, *, thin: bool = False) -> None:
+        """Sample every tensor.
+
+        Args:
+            job: the inputs.
+            thin: take a thirty-second of an expert at most, or 2^17 elements if that is more, of tensors that all
+                experts have coded; what comes of it is true of those tensors alone.
+        """
         self._job = job
-        self._strides = {name: stride_of(job.base.spec(name)) for name in job.base.names}
-        experts = tuple(_sampled(expert, self._strides) for expert in job.experts)
+        self._strides = {name: stride_of(job.base.spec(name), THIN if thin else None) for name in job.base.names}
+        names = _few(job, self._strides) if thin else None
+        experts = tuple(_sampled(expert, self._strides, names) for expert in job.experts)
         self._companions_nbytes = _companions_nbytes(job.experts)
-        self._sampled = job.over(SampledCheckpoint(job.base, self._strides), experts)
+        self._sampled = job.over(SampledCheckpoint(job.base, self._strides, names), experts)
+
+    def prepare(self, method: Method) -> Fit:
+        """*method* at work on the samples as if they were all there is: near enough, without reading the rest."""
+        return self._sampled.prepare(method)
 
     def run(self, fitting: Fitting, given: Checkpoint | None = None) -> Trial:
         """Pack the samples with *fitting*, which was prepared on the whole inputs.
@@ -119,7 +135,9 @@ class Trials:
                     of.nbytes += scaled
                     rest -= scaled
                     framing -= stored.nbytes
-        chunks = sum(chunk_count(base.spec(name).numel) - chunk_count(sampled.spec(name).numel) for name in base.names)
+        chunks = sum(
+            chunk_count(base.spec(name).numel) - chunk_count(sampled.spec(name).numel) for name in sampled.names
+        )
         tensors = {name: TensorTrial(of.numel, of.nbytes, of.sums) for name, of in found.items()}
         coded_nbytes = sum(tensor.nbytes for tensor in tensors.values())
         return Trial(tensors, rest + coded_nbytes + _HASH_NBYTES * chunks, framing)
@@ -151,12 +169,32 @@ def _ratio(whole: Checkpoint, part: Checkpoint, name: str) -> float:
     return whole.spec(name).numel / max(1, part.spec(name).numel)
 
 
-def _sampled(expert: Expert, strides: Mapping[str, Stride | None]) -> Expert:
-    """The expert's tensors in the samples of their base tensors; those that the base does not have by themselves."""
+def _few(job: Job, strides: Mapping[str, Stride | None]) -> list[str]:
+    """Base tensors that stand for the others: so many that their samples keep within what a thin trial may take."""
+
+    def numel(name: str) -> int:
+        spec, stride = job.base.spec(name), strides[name]
+        return spec.numel if stride is None else math.prod(stride.sample(spec).shape)
+
+    names = job.coded_by_all
+    budget = max(_THIN_NUMEL, sum(job.base.spec(name).numel for name in names) // _THIN_SHARE)
+    affordable = [name for name in names if numel(name) <= budget] or sorted(names, key=numel)[:1]
+    return affordable[:: max(1, math.ceil(sum(map(numel, affordable)) / budget))]
+
+
+def _sampled(expert: Expert, strides: Mapping[str, Stride | None], names: Collection[str] | None) -> Expert:
+    """The expert's tensors in the samples of their base tensors; those that the base does not have by themselves.
+
+    With *names*, those of these base tensors alone.
+    """
+    if names is not None:
+        base_names = {name: base_name for name, base_name in expert.base_names.items() if base_name in names}
+        expert = replace(expert, aliases={}, base_names=base_names, dropped=())
     own: dict[str, Stride | None] = {}
     for name, base_name in expert.base_names.items():
         spec = expert.checkpoint.spec(name)
         stride = stride_of(spec) if base_name is None else strides[base_name]
         fits = stride is not None and len(spec.shape) > 0 and spec.numel == spec.shape[0] * stride.unit
         own[name] = stride if fits else None
-    return replace(expert, checkpoint=SampledCheckpoint(expert.checkpoint, own))
+    shown = None if names is None else own.keys()
+    return replace(expert, checkpoint=SampledCheckpoint(expert.checkpoint, own, shown))

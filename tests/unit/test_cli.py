@@ -89,6 +89,8 @@ def test_warnings_are_one_line_on_stderr(bundle, verify):
 
 def test_hints_name_options_and_leave_the_rest_alone():
     assert in_options("SignedMask() would be smaller") == "--method signed-mask would be smaller"
+    assert in_options("take Sign()") == "take --method sign"
+    assert in_options("then tallstore.add each") == "then tallstore add each"
     assert in_options("k is 9; give fewer") == "--k is 9; give fewer"
     assert in_options("tasks: there are none") == "--task: there are none"
     assert in_options("evaluate: gave nan") == "--evaluate: gave nan"

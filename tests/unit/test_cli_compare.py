@@ -157,6 +157,17 @@ def test_a_method_that_codes_nothing(comparison, shown):
     assert re.search(r" – +1\.0000$", shown(rows=(row,)), re.MULTILINE)
 
 
+def test_advice_names_methods_as_they_are_typed(comparison, monkeypatch, inputs):
+    worn = "TallMask(mask_lambda=0.4, merge='ties', gain='published'), LeastSquares(levels=2)"
+    line = f"over 9 tasks: {worn}; truer would be TallMask() in 2 groups: pack the first, then tallstore.add the other"
+    advised = dataclasses.replace(comparison, advice=(line,))
+    monkeypatch.setattr(tallstore, "compare", lambda *_args, **_kw: advised)
+    assert run("compare", *inputs).stdout.endswith(
+        "\nover 9 tasks: tall-mask-published, least-squares --levels 2;"
+        " truer would be tall-mask in 2 groups: pack the first, then tallstore add the other\n"
+    )
+
+
 def test_json(comparison, shown):
     assert json.loads(shown("--json", columns=20)) == json.loads(json.dumps(comparison.to_dict()))
 

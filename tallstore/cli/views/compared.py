@@ -8,7 +8,9 @@ from rich.text import Text
 
 from tallstore.cli import terminal
 from tallstore.cli.figures import number, significant, spread
+from tallstore.cli.hints import in_options
 from tallstore.cli.tables import Column, print_table
+from tallstore.fit import described
 from tallstore.packing import Compared, Comparison
 from tallstore.sizes import readable
 
@@ -43,6 +45,15 @@ def print_comparison(comparison: Comparison, names: Sequence[str]) -> None:
     how = "measured on whole packs" if is_measured else "predicted on a sample of the weights"
     nbytes = readable(comparison.checkpoints_nbytes)
     console.print(Text(f"{nbytes} of checkpoints; bundles with the base by reference, {how}", "dim"))
+    for advice in comparison.advice:
+        console.print(Text(_in_options(advice, named), "yellow"))
+
+
+def _in_options(advice: str, named: Sequence[tuple[Compared, str]]) -> str:
+    """A line about methods with the names that they have here."""
+    for row, name in named:
+        advice = advice.replace(described(row.method), name)
+    return in_options(advice)
 
 
 def _ratio(comparison: Comparison, row: Compared) -> str:
