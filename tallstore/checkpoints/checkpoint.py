@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from tallstore.checkpoints.torch_dtypes import TORCH_DTYPES
+from tallstore.checkpoints.watched import WatchedFiles
 from tallstore.errors import DamagedCheckpointError, UnknownTensorError
 from tallstore.format.dtypes import DTYPES, TensorSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Hashable, Iterable, Mapping
     from pathlib import Path
     from types import TracebackType
 
@@ -56,7 +57,7 @@ class Origin:
 class Checkpoint(abc.ABC):
     """Named tensors whose bytes are read range by range; also a context manager.
 
-    Reads may come from several threads. Files are mapped, never modified.
+    Reads may come from several threads. Files are never modified.
 
     Attributes:
         origin: where it came from.
@@ -95,11 +96,18 @@ class Checkpoint(abc.ABC):
         except KeyError:
             raise UnknownTensorError(self.where, "tensor", name, self.names) from None
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    def read(self, name: str, start: int = 0, stop: int | None = None, *, mapped: bool = False) -> torch.Tensor:
         """Elements [*start*, *stop*) of the flat row-major tensor *name*.
 
         Reads the bytes asked for only, with two exceptions: a tensor of a state dict that is not contiguous is made so
         once, and a pickle in torch's format of before 1.6 was read whole when it was opened.
+
+        Args:
+            name: the tensor's.
+            start: of the range.
+            stop: behind its last element.
+            mapped: leave them in the file, if it is one of safetensors: they take no memory of the process, but must
+                not be looked at once the file was shortened. See `watch`.
 
         Returns:
             Tensor of one dimension, in the tensor's own dtype, contiguous, on the CPU. It may be a view of the input:
@@ -110,7 +118,7 @@ class Checkpoint(abc.ABC):
             DamagedCheckpointError: the tensor is BOOL, and has bytes other than 0 and 1; or a file was changed.
             IndexError: the range is not inside the tensor.
         """
-        raw = self.read_bytes(name, start, stop)
+        raw = self.read_bytes(name, start, stop, mapped=mapped)
         dtype = self._specs[name].dtype
         if not raw.size:  # numpy's empty arrays have strides that torch takes for no view
             return torch.empty(0, dtype=TORCH_DTYPES[dtype])
@@ -119,7 +127,9 @@ class Checkpoint(abc.ABC):
             raw = raw.copy()
         return torch.from_numpy(raw).view(TORCH_DTYPES[dtype])
 
-    def read_bytes(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
+    def read_bytes(
+        self, name: str, start: int = 0, stop: int | None = None, *, mapped: bool = False
+    ) -> NDArray[np.uint8]:
         """The little-endian bytes of the elements that `read` returns; same cost and errors, not to be written to.
 
         Returns:
@@ -131,12 +141,24 @@ class Checkpoint(abc.ABC):
         stop = spec.numel if stop is None else stop
         if not 0 <= start <= stop <= spec.numel:
             raise IndexError(f"elements {start} to {stop} of tensor {name!r}, which has {spec.numel}")
-        raw = self._flat_bytes(name, start, stop)
+        raw = self._flat_bytes(name, start, stop, mapped=mapped)
         if spec.dtype == "BOOL" and raw.size and raw.max() > 1:
             raise DamagedCheckpointError(
                 self.where, f"tensor {name!r} is BOOL and has bytes other than 0 and 1; write the checkpoint again"
             )
         return raw
+
+    def version(self, name: str) -> Hashable:  # noqa: ARG002 - of what is in memory there is only one
+        """What is another one after somebody wrote to the file of a tensor.
+
+        Raises:
+            InputError: the file cannot be found.
+        """
+        return None
+
+    def watch(self) -> WatchedFiles:
+        """The files that `read` maps tensors of."""
+        return WatchedFiles(self.files)
 
     def part(self, names: Iterable[str]) -> Checkpoint:  # noqa: ARG002 - one that cannot be divided is its own part
         """A checkpoint to send to other processes, of which only the tensors *names* will be read.
@@ -154,7 +176,7 @@ class Checkpoint(abc.ABC):
         self.__dict__.update(state)
 
     @abc.abstractmethod
-    def _flat_bytes(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
+    def _flat_bytes(self, name: str, start: int, stop: int, *, mapped: bool) -> NDArray[np.uint8]:
         """Bytes of elements [*start*, *stop*) of a tensor that exists, the range being inside it."""
 
     def close(self) -> None:

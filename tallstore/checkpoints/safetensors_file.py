@@ -1,4 +1,4 @@
-"""Checkpoints in safetensors files, each range mapped when it is read."""
+"""Checkpoints in safetensors files, read range by range."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from tallstore.format.dtypes import DTYPES, TensorSpec
 from tallstore.format.safetensors_header import Entry, HeaderProblem, UnknownDtypeProblem, header_nbytes, parse_header
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Hashable, Iterable, Mapping
+    from io import FileIO
     from pathlib import Path
 
     from numpy.typing import NDArray
 
 _SHARED_NUMBERS: Final = 2  # of a file's version
 _COPIED_NBYTES: Final = 1 << 17  # to map so few, and to be given their pages one by one, takes longer
+_CHANGED: Final = "was changed while it was read; start again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +71,10 @@ def read_shard(path: Path) -> Shard:
 class SafetensorsCheckpoint(Checkpoint):
     """Tensors in one safetensors file or several shards.
 
-    A read maps its own range only, or copies it where that is small, and keeps no file open. Mapping whole files, as
-    torch and safetensors do, fails where a file is larger than memory, and keeping them open takes a descriptor each: a
-    hundred experts of ten shards are a thousand files.
+    A read copies its range, unless it is to be mapped and is not small: the system ends whoever looks at what was
+    mapped of a file that somebody has shortened, and a copy is what was verified, whatever becomes of the file. No file
+    is kept open: a hundred experts of ten shards are a thousand files. Mapping whole files, as torch and safetensors
+    do, fails where a file is larger than memory.
     """
 
     def __init__(self, origin: Origin, shards: Mapping[Path, Shard], places: Mapping[str, Path]) -> None:
@@ -94,13 +97,22 @@ class SafetensorsCheckpoint(Checkpoint):
         shards = {path: replace(shard, version=shard.version[:_SHARED_NUMBERS]) for path, shard in self._shards.items()}
         return {**super().__getstate__(), "_shards": shards}
 
-    def _flat_bytes(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
+    def version(self, name: str) -> Hashable:
+        """As `Checkpoint.version`; of one file's two times of change nobody can set one back."""
+        path = self._places[name]
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise InputError(str(path), f"cannot be read: {error.strerror}") from None
+        return _version(status), status.st_ctime_ns
+
+    def _flat_bytes(self, name: str, start: int, stop: int, *, mapped: bool) -> NDArray[np.uint8]:
         shard = self._shards[self._places[name]]
         entry = shard.tensors[name]
         if start == stop:
             return np.empty(0, np.uint8)
         width = DTYPES[entry.dtype]
-        return _read(shard, entry.start + start * width, entry.start + stop * width)
+        return _read(shard, entry.start + start * width, entry.start + stop * width, mapped=mapped)
 
     def _release(self) -> None:
         """Nothing is held."""
@@ -115,8 +127,8 @@ def _version(status: os.stat_result) -> tuple[int, ...]:
     return status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino
 
 
-def _read(shard: Shard, first: int, end: int) -> NDArray[np.uint8]:
-    """Bytes [*first*, *end*) of the file, mapped as long as the array lives; few of them in memory of their own.
+def _read(shard: Shard, first: int, end: int, *, mapped: bool) -> NDArray[np.uint8]:
+    """Bytes [*first*, *end*) of the file, in memory of their own, or mapped as long as the array lives.
 
     Raises:
         DamagedCheckpointError: the file is not the one whose header was read.
@@ -125,15 +137,24 @@ def _read(shard: Shard, first: int, end: int) -> NDArray[np.uint8]:
     try:
         with open(shard.path, "rb", buffering=0) as file:  # noqa: PTH123 - twice as fast as the path's own method
             if _version(os.fstat(file.fileno()))[: len(shard.version)] != shard.version:
-                raise DamagedCheckpointError(str(shard.path), "was changed while it was read; start again")
-            if end - first <= _COPIED_NBYTES:
-                copied = np.empty(end - first, np.uint8)
-                file.seek(first)
-                if file.readinto(copied.data) == copied.size:
-                    return copied
+                raise DamagedCheckpointError(str(shard.path), _CHANGED)
+            if not mapped or end - first <= _COPIED_NBYTES:
+                return _copy(shard, file, first, end)
             # Private and writable: torch wants arrays that can be written to, and the file must not be.
             aligned = first - first % mmap.ALLOCATIONGRANULARITY
-            mapped = mmap.mmap(file.fileno(), end - aligned, access=mmap.ACCESS_COPY, offset=aligned)
+            pages = mmap.mmap(file.fileno(), end - aligned, access=mmap.ACCESS_COPY, offset=aligned)
     except OSError as error:
         raise InputError(str(shard.path), f"cannot be read: {error.strerror}") from None
-    return np.frombuffer(mapped, np.uint8, offset=first - aligned)
+    return np.frombuffer(pages, np.uint8, offset=first - aligned)
+
+
+def _copy(shard: Shard, file: FileIO, first: int, end: int) -> NDArray[np.uint8]:
+    copied = np.empty(end - first, np.uint8)
+    file.seek(first)
+    done = 0
+    while done < copied.size:
+        count = file.readinto(copied[done:].data)
+        if not count:
+            raise DamagedCheckpointError(str(shard.path), _CHANGED)
+        done += count
+    return copied

@@ -84,10 +84,10 @@ class SampledCheckpoint(Checkpoint):
             name: list(accumulate(stop - start for start, stop in sample.pieces)) for name, sample in samples.items()
         }
 
-    def _flat_bytes(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
+    def _flat_bytes(self, name: str, start: int, stop: int, *, mapped: bool) -> NDArray[np.uint8]:
         sample = self._samples.get(name)
         if sample is None:
-            return self._whole.read_bytes(name, start, stop)
+            return self._whole.read_bytes(name, start, stop, mapped=mapped)
         ends, found = self._ends[name], [np.empty(0, np.uint8)]
         number = bisect_right(ends, start)
         while start < stop:
