@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from tallstore.checkpoints.torch_dtypes import TORCH_DTYPES
+from tallstore.checkpoints.watched import WatchedFiles
 from tallstore.errors import DamagedCheckpointError, UnknownTensorError
 from tallstore.format.dtypes import DTYPES, TensorSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Hashable, Iterable, Mapping
     from pathlib import Path
     from types import TracebackType
 
@@ -120,8 +121,8 @@ class Checkpoint(abc.ABC):
     def map(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """As `read`, but large ranges of files are mapped where that can be: the cheapest way to use them once.
 
-        What is mapped follows the file: whoever maps it compares it with hashes, and a file that is truncated meanwhile
-        ends the process.
+        What is mapped takes no memory of the process, and follows the file: whoever maps it compares it with hashes,
+        and must not look at it once the file was shortened, which would end the process. See `watch`.
         """
         return self._elements(name, self._checked(name, start, stop, self._mapped_bytes))
 
@@ -165,6 +166,18 @@ class Checkpoint(abc.ABC):
             DamagedCheckpointError: one was changed, or replaced.
             InputError: one cannot be looked at.
         """
+
+    def version(self, name: str) -> Hashable:  # noqa: ARG002 - of what is in memory there is only one
+        """What is another one after somebody wrote to the file of a tensor.
+
+        Raises:
+            InputError: the file cannot be found.
+        """
+        return None
+
+    def watch(self) -> WatchedFiles:
+        """The files that `map` maps tensors of."""
+        return WatchedFiles(self.files)
 
     def part(self, names: Iterable[str]) -> Checkpoint:  # noqa: ARG002 - one that cannot be divided is its own part
         """A checkpoint to send to other processes, of which only the tensors *names* will be read.

@@ -20,6 +20,7 @@ from tallstore.checkpoints.file_version import (
     read_range,
     settled_version,
     unreadable,
+    version_of,
 )
 from tallstore.checkpoints.refusals import LFS_POINTER_NBYTES, refuse_lfs_pointer, refuse_unmerged_names
 from tallstore.errors import DamagedCheckpointError, InputError
@@ -27,7 +28,7 @@ from tallstore.format.dtypes import DTYPES, TensorSpec
 from tallstore.format.safetensors_header import Entry, HeaderProblem, UnknownDtypeProblem, header_nbytes, parse_header
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Hashable, Iterable, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -81,9 +82,10 @@ def read_shard(path: Path) -> Shard:
 class SafetensorsCheckpoint(Checkpoint):
     """Tensors in one safetensors file or several shards.
 
-    A read copies its own range, or maps it where that was asked for, and keeps no file open. Mapping whole files, as
-    torch and safetensors do, fails where a file is larger than memory, and keeping them open takes a descriptor each: a
-    hundred experts of ten shards are a thousand files.
+    A read copies its range, or maps it where that was asked for and it is not small: the system ends whoever looks at
+    what was mapped of a file that somebody has shortened, and a copy is what was verified, whatever becomes of the
+    file. No file is kept open: a hundred experts of ten shards are a thousand files. Mapping whole files, as torch and
+    safetensors do, fails where a file is larger than memory.
     """
 
     def __init__(self, origin: Origin, shards: Mapping[Path, Shard], places: Mapping[str, Path]) -> None:
@@ -110,6 +112,15 @@ class SafetensorsCheckpoint(Checkpoint):
         """As `Checkpoint.check_unchanged`."""
         for shard in self._shards.values():
             check_version(shard.path, shard.version)
+
+    def version(self, name: str) -> Hashable:
+        """As `Checkpoint.version`; of one file's two times of change nobody can set one back."""
+        path = self._places[name]
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise unreadable(path, error) from None
+        return version_of(status), status.st_ctime_ns
 
     def _flat_bytes(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
         shard, first, end = self._range(name, start, stop)

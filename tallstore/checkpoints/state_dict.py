@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from tallstore.checkpoints.checkpoint import Checkpoint, Origin
 from tallstore.checkpoints.refusals import refuse_unmerged_names
 from tallstore.checkpoints.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
+from tallstore.checkpoints.watched import WatchedFiles
 from tallstore.errors import InputError, QuantizedCheckpointError
 from tallstore.format.dtypes import TensorSpec
 
@@ -85,6 +86,7 @@ class StateDictCheckpoint(Checkpoint):
         specs = {name: TensorSpec(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
         super().__init__(origin, specs, _ties(tensors))
         self._tensors = dict(tensors)
+        self._mapped = self.watch()
         self._last_flat: tuple[str, torch.Tensor] | None = None
 
     def part(self, names: Iterable[str]) -> StateDictCheckpoint:
@@ -98,7 +100,7 @@ class StateDictCheckpoint(Checkpoint):
         scarce.
         """
         raw = {name: self.read_bytes(name).tobytes() for name in self.names}
-        return {**super().__getstate__(), "_tensors": raw, "_last_flat": None}
+        return {**super().__getstate__(), "_tensors": raw, "_mapped": WatchedFiles(()), "_last_flat": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """The inverse, ties apart."""
@@ -111,7 +113,12 @@ class StateDictCheckpoint(Checkpoint):
             for spec in (self._specs[name],)
         }
 
+    def version(self, name: str) -> Hashable:  # noqa: ARG002 - which file a tensor came from is not known
+        """As `Checkpoint.version`."""
+        return self._mapped.version()
+
     def _flat_bytes(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
+        self._mapped.check()
         raw: NDArray[np.uint8] = self._flat(name)[start:stop].cpu().view(torch.uint8).numpy()
         return raw
 

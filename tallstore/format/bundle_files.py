@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-import threading
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from tallstore import forking
 from tallstore.errors import (
     BundleNotFoundError,
     FormatError,
@@ -94,6 +94,11 @@ class BundleFiles:
         self._tasks = Recent[str, Task](_MAX_TABLES)
         self._shards = Recent[str, ShardReader](_MAX_OPEN_SHARDS)
         self._far = Counter[str]()  # of shards that stay where they are, bytes that were read
+
+    @property
+    def opened_as(self) -> tuple[str, str | None]:
+        """What to open in order to have the same in another process: a path, or an id on the Hub and its commit."""
+        return (str(self.root.absolute()), None) if self._source is None else self._source.opened_as
 
     @property
     def nbytes_read(self) -> int:
@@ -409,7 +414,7 @@ class _Count:
 
     def __init__(self) -> None:
         self.total = 0
-        self._lock = threading.Lock()
+        self._lock = forking.lock()
 
     def add(self, number: int) -> None:
         with self._lock:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
+
+from tallstore import forking
 
 Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item")
@@ -17,7 +18,7 @@ class Recent(Generic[Key, Item]):
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._items = OrderedDict[Key, Item]()
-        self._lock = threading.RLock()
+        self._lock = forking.rlock()
 
     def get(self, key: Key, make: Callable[[], Item]) -> Item:
         """The item of *key*; made now if it is not here. Two threads never make one at the same time."""

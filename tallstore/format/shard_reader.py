@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
@@ -15,6 +14,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from tallstore import forking
 from tallstore.errors import FormatError, IntegrityError
 from tallstore.format import bits, codecs, layout
 from tallstore.format.bits import Bytes
@@ -56,6 +56,9 @@ class RangeFile(Protocol):
     def expect(self, start: int, stop: int) -> None:
         """Bytes [start, stop) are about to be read, by and by: a file that is far away has them come now."""
 
+    def version(self) -> Hashable:
+        """What is another one after somebody wrote to the file."""
+
     def close(self) -> None:
         """Give back what is held."""
 
@@ -80,7 +83,7 @@ class LocalFile:
             self._file = path.open("rb", buffering=0)
             self.nbytes = os.fstat(self._file.fileno()).st_size
         self.nbytes_read = 0
-        self._lock = threading.Lock()
+        self._lock = forking.lock()
 
     def read(self, start: int, stop: int) -> Bytes:
         """Bytes [start, stop), in memory of their own.
@@ -114,6 +117,11 @@ class LocalFile:
 
     def expect(self, start: int, stop: int) -> None:
         """As `RangeFile.expect`: they are here."""
+
+    def version(self) -> Hashable:
+        """Size and times of change: one of the two times cannot be set back."""
+        status = os.fstat(self._file.fileno())
+        return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
     def close(self) -> None:
         """Give the file handle back."""
@@ -191,7 +199,7 @@ class ShardReader:
         self._file, self._shard, self._verify = file, shard, verify
         self.header = _read_header(file, shard.header_xxh3)
         self._ends, self._digests = self._read_index()
-        self._verified = bytearray(len(self._ends))
+        self._verified = file.version(), bytearray(len(self._ends))  # of which version of the file
         self._last_pool_chunk: tuple[int, Bytes] | None = None  # members of one pool are read one after the other
 
     @property
@@ -315,12 +323,23 @@ class ShardReader:
         return last[1]
 
     def _read_chunk(self, record: int, start: int, stop: int, where: str) -> Bytes:
+        if self._verify == "never":
+            return self._file.read(start, stop)
+        verified = self._verified_now()
         stored = self._file.read(start, stop)
-        if self._verify == "always" or (self._verify == "first-read" and not self._verified[record]):
+        if self._verify == "always" or not verified[record] or self._verified_now() is not verified:
             if xxhash.xxh3_128_digest(stored.data) != self._digests[record].tobytes():
                 raise IntegrityError("IDX-3", where, f"its bytes {_CHANGED}")
-            self._verified[record] = 1
+            verified[record] = 1
         return stored
+
+    def _verified_now(self) -> bytearray:
+        """Which chunks were verified since somebody last wrote to the file."""
+        version, (known, verified) = self._file.version(), self._verified
+        if version != known:
+            verified = bytearray(len(self._ends))
+            self._verified = version, verified
+        return verified
 
     def _read_index(self) -> tuple[NDArray[np.uint64], Bytes]:
         entry = self.header.tensors.get(INDEX_KEY)

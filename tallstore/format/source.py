@@ -14,9 +14,11 @@ class Source(Protocol):
 
     Attributes:
         where: what messages call the bundle.
+        opened_as: its id, and the commit that it is pinned to.
     """
 
     where: str
+    opened_as: tuple[str, str]
 
     def fetch(self, entries: Sequence[FileEntry]) -> None:
         """Have *entries* of the manifest in their places; those that are there, and right, are not brought again.

@@ -1,4 +1,4 @@
-"""Files that no manifest lists: what a writer left that did not come to its end, or has just taken out of its bundle."""
+"""Files that no manifest lists: what a writer left that came to no end, or has just taken out of its bundle."""
 
 from __future__ import annotations
 

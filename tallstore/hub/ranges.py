@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +9,7 @@ from typing import Final
 
 import numpy as np
 
+from tallstore import forking
 from tallstore.errors import IntegrityError
 from tallstore.format.bits import Bytes
 from tallstore.format.manifest import FileEntry
@@ -52,7 +52,7 @@ class RemoteShard:
         self.where, self.nbytes = f"{repository.where}, {entry.path}", entry.size
         self._repository, self._path, self._tell = repository, entry.path, tell
         self._held = OrderedDict[tuple[int, int], Bytes]()
-        self._lock = threading.Lock()
+        self._lock = forking.lock()
 
     def read(self, start: int, stop: int) -> Bytes:
         """Bytes [start, stop), in memory of their own.
@@ -71,6 +71,9 @@ class RemoteShard:
         """Fetch bytes [start, stop) now, in pieces at the same time; they stay until others take their place."""
         if self._find(start, stop) is None:
             self._fetch(start, stop)
+
+    def version(self) -> None:
+        """As `RangeFile.version`: it is a commit's, which never changes."""
 
     def close(self) -> None:
         """Let go of what was fetched."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tallstore import forking
 from tallstore.errors import NotFetchedError, OptionError
 from tallstore.format import layout
 from tallstore.format.manifest import FileEntry
@@ -26,13 +26,15 @@ class Snapshot:
         repository: at that commit.
         root: the snapshot's directory, which has the manifest.
         where: what messages call the bundle.
+        opened_as: its id, and the commit.
     """
 
     def __init__(self, repository: PinnedRepository, root: Path, max_workers: int = transfer.MAX_WORKERS) -> None:
         self.repository, self.root, self.where = repository, root, repository.where
+        self.opened_as = repository.repo_id, repository.sha
         self.max_workers = max_workers
         self._settled: set[str] = set()
-        self._lock = threading.Lock()
+        self._lock = forking.lock()
 
     def fetch(self, entries: Sequence[FileEntry]) -> None:
         """As `Source.fetch`; what is in the cache with its size costs nothing, the rest as `transfer.download` says."""

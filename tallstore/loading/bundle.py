@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, get_args
 import torch
 from torch import Tensor, nn
 
+from tallstore import forking
 from tallstore.checkpoints import Checkpoint, CheckpointSource, open_checkpoint, open_hub_checkpoint
-from tallstore.errors import BaseMissingError, InputError, OptionError
+from tallstore.errors import BaseMissingError, InputError, IntegrityError, OptionError
 from tallstore.format.bundle_files import BundleFiles
 from tallstore.format.manifest import Manifest
 from tallstore.format.shard_reader import Verify
@@ -68,7 +69,8 @@ def open_bundle(
         cache_dir: where the Hub's cache is, if not in its usual place.
         local_files_only: ask nothing of the Hub. What the cache does not have is an error when it is needed.
         force_download: download what is needed again, whatever the cache has.
-        verify: when the hash of a chunk is compared: on its first read in this bundle, never, or on every read.
+        verify: when the hash of a chunk is compared: on its first read in this bundle, and again after its file was
+            written to; never; or on every read.
 
     Raises:
         BundleNotFoundError: there is no bundle at that path, or of that id.
@@ -85,7 +87,9 @@ def open_bundle(
 class Bundle:
     """Many experts in one directory; made by `open_bundle`. Also a context manager.
 
-    It keeps no weights: every call rebuilds what it returns. Several threads may use it.
+    It keeps no weights: every call rebuilds what it returns. Several threads may use it, and so may forked processes.
+    Pickled, as for the workers of a `DataLoader` that are spawned, it is opened again where it comes to: the same path,
+    or the same commit on the Hub, with the token that is stored there.
 
     Attributes:
         path: the bundle's directory; of one on the Hub, its snapshot in the cache.
@@ -97,7 +101,7 @@ class Bundle:
         self.path = files.root
         self._files, self._base_source, self._verify, self._access = files, base, verify, access
         self._base: PinnedBase | None = None
-        self._lock = threading.Lock()
+        self._lock = forking.lock()
 
     @property
     def manifest(self) -> Manifest:
@@ -386,6 +390,19 @@ class Bundle:
         if self._base is not None:
             self._base.close()
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """For `pickle`: what to open, never a token."""
+        source, revision = self._files.opened_as
+        access = None if self._access is None else replace(self._access, token=None)
+        return _reopened, (
+            source,
+            revision,
+            access,
+            _absolute(self._base_source),
+            self._verify,
+            self.manifest.manifest_sha256,
+        )
+
     def __enter__(self) -> Self:
         return self
 
@@ -448,6 +465,35 @@ class Bundle:
             f"{self._files.where}: the bundle neither embeds its base nor says where it is; "
             "give it: open_bundle(path, base=…) takes a path, a state dict or a Hub id"
         )
+
+
+def _reopened(  # noqa: PLR0917 - as pickle calls it
+    source: str,
+    revision: str | None,
+    access: Access | None,
+    base: CheckpointSource | None,
+    verify: Verify,
+    manifest_sha256: str,
+) -> Bundle:
+    """A bundle that was pickled, opened.
+
+    Raises:
+        BundleNotFoundError, FormatError, HubError: as `open_bundle`.
+        IntegrityError: MAN-1, the bundle was changed since.
+    """
+    bundle = Bundle(open_files(source, access, revision, verify), base, verify, access)
+    if bundle.manifest.manifest_sha256 != manifest_sha256:
+        raise IntegrityError(
+            "MAN-1", source, "the bundle was changed since it was opened; open it again, and send that"
+        )
+    return bundle
+
+
+def _absolute(base: CheckpointSource | None) -> CheckpointSource | None:
+    """For a process in another directory; what is no path here is an id on the Hub, or tensors."""
+    if isinstance(base, (str, os.PathLike)) and os.path.lexists(base):
+        return os.path.abspath(base)  # noqa: PTH100 - as it was given, a link too
+    return base
 
 
 def _device(device: torch.device | str) -> torch.device:

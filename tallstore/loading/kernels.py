@@ -45,6 +45,14 @@ class Kernels:
                 self._found[form] = _compiled(form)
             return self._found.get(form)
 
+    def pause(self) -> None:
+        """Wait until nothing is being compiled, and let nothing begin."""
+        self._lock.acquire()
+
+    def go_on(self) -> None:
+        """The end of a pause."""
+        self._lock.release()
+
 
 def _threshold() -> float:
     """`TALLSTORE_COMPILE`, of the environment, is 0 for never and 1 for always."""
@@ -65,3 +73,5 @@ def _compiled(form: Form) -> Kernel | None:
 
 
 kernels: Final = Kernels()
+if hasattr(os, "register_at_fork"):  # LLVM has locks of its own: a fork waits until nothing is being compiled
+    os.register_at_fork(before=kernels.pause, after_in_parent=kernels.go_on, after_in_child=kernels.go_on)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 
 import xxhash
 from torch import Tensor, uint8
 
+from tallstore import forking
 from tallstore.checkpoints import Checkpoint
+from tallstore.checkpoints.watched import WatchedFiles
 from tallstore.errors import BaseMismatchError
 from tallstore.format.dtypes import CHUNK_NUMEL, TensorSpec, chunk_count, chunk_span
 from tallstore.format.manifest import BaseTensor
@@ -36,19 +37,20 @@ class PinnedBase:
             if other.alias_of is not None:
                 self._ties.setdefault(other.alias_of, []).append(other.name)
         self._found: dict[str, str] = {}
-        self._verified: dict[str, bytearray] = {}
+        self._verified: dict[str, tuple[Hashable, bytearray]] = {}  # of which version of the file
         self._nbytes_read = 0
-        self._lock = threading.Lock()
+        self._lock = forking.lock()
 
     @property
     def nbytes_read(self) -> int:
         """Bytes of tensors that were read."""
         return self._nbytes_read
 
-    def read(self, name: str, start: int, stop: int) -> Tensor:
+    def read(self, name: str, start: int, stop: int, *, mapped: bool = False) -> Tensor:
         """Elements [start, stop) of the flat tensor *name*, which lie in one chunk; not to be written to.
 
-        Reads the whole chunk where it is to be verified, and those elements only where not.
+        Reads the whole chunk where it is to be verified, and those elements only where not. *mapped* ones come
+        by `Checkpoint.map`.
 
         Raises:
             BaseMismatchError: BASE-1, the tensor is missing, or of another dtype or shape; BASE-2, its bytes differ.
@@ -60,12 +62,17 @@ class PinnedBase:
         with self._lock:
             checkpoint = self._open()
             source = self._found.get(tensor.name) or self._find(checkpoint, tensor)
-            verified = self._verified.setdefault(source, bytearray(len(tensor.chunks)))
         index = start // CHUNK_NUMEL
-        if self._verify == "never" or (self._verify == "first-read" and verified[index]):
-            return self._counted(checkpoint.map(source, start, stop))
+        read = checkpoint.map if mapped else checkpoint.read
+        if self._verify == "never":
+            return self._counted(read(source, start, stop))
+        verified = self._verified_of(checkpoint, source, len(tensor.chunks))
+        if self._verify == "first-read" and verified[index]:
+            known = self._counted(read(source, start, stop))
+            if self._verified_of(checkpoint, source, len(tensor.chunks)) is verified:
+                return known
         first, last = chunk_span(TensorSpec(tensor.dtype, tensor.shape).numel, index)
-        chunk = self._counted(checkpoint.map(source, first, last))
+        chunk = self._counted(read(source, first, last))
         if xxhash.xxh3_128_hexdigest(chunk.view(uint8).numpy().data) != tensor.chunks[index]:
             more = f" (chunk {index} of {chunk_count(TensorSpec(tensor.dtype, tensor.shape).numel)})" if index else ""
             raise BaseMismatchError("BASE-2", checkpoint.where, tensor.name, f"has other values{more}")
@@ -82,20 +89,38 @@ class PinnedBase:
         with self._lock:
             return self._open().directory
 
-    def close(self) -> None:
-        """Let go of the base's files; a later read opens them again."""
+    def watch(self) -> WatchedFiles:
+        """The files that `read` maps tensors of.
+
+        Raises:
+            InputError: the base cannot be opened.
+        """
         with self._lock:
-            if self._checkpoint is not None:
-                self._checkpoint.close()
+            return self._open().watch()
+
+    def close(self) -> None:
+        """Let go of the base's files; a later read opens them again, and what another thread is reading stays."""
+        with self._lock:
             self._checkpoint = None
             self._found = {}
             self._verified = {}
 
     def _open(self) -> Checkpoint:
         if self._checkpoint is None:
-            self._checkpoint = self._opener()
-            self._names = frozenset(self._checkpoint.names)
+            checkpoint = self._opener()
+            self._names = frozenset(checkpoint.names)
+            self._checkpoint = checkpoint  # last: a forked process may find any of these steps to be the last one done
         return self._checkpoint
+
+    def _verified_of(self, checkpoint: Checkpoint, source: str, count: int) -> bytearray:
+        """Which of a tensor's *count* chunks were verified since somebody last wrote to its file."""
+        version = checkpoint.version(source)
+        with self._lock:
+            known, verified = self._verified.get(source, (None, None))
+            if verified is None or known != version:
+                verified = bytearray(count)
+                self._verified[source] = version, verified
+            return verified
 
     def _find(self, checkpoint: Checkpoint, tensor: BaseTensor) -> str:
         """The name of *tensor* in the checkpoint: its own, or a tied one: files keep one of several tied names."""

@@ -9,11 +9,14 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeVar, cast
+from weakref import finalize
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tallstore import forking
+from tallstore.checkpoints.watched import WatchedFiles
 from tallstore.format.bits import Bytes
 from tallstore.format.bundle_files import BundleFiles
 from tallstore.format.dtypes import CHUNK_NUMEL, chunk_count, chunk_spans
@@ -62,7 +65,7 @@ class _Resident:
     complete: set[str] = field(default_factory=set)
     nbytes: int = 0
     opened: dict[tuple[str, Hashable], object] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: threading.Lock = field(default_factory=forking.lock)
 
 
 class ResidentFiles(BundleFiles):
@@ -84,7 +87,7 @@ class ResidentFiles(BundleFiles):
         self._resident_groups: dict[str, _Resident] = {}
         self._resident_tasks = OrderedDict[str, tuple[Task, _Resident]]()  # by name, the one used last at the end
         self._kept = Counter[str]()
-        self._residency = threading.Lock()
+        self._residency = forking.lock()
 
     @property
     def resident_tasks(self) -> tuple[str, ...]:
@@ -223,9 +226,11 @@ class ResidentBase(PinnedBase):
             base: that is read.
             keep: what was read. Where every read is to be checked, nothing may be kept.
         """
-        self._source, self._keep, self._most = base, keep, _most_held()
+        self._source, self._keep = base, keep
         self._held: dict[tuple[str, int], Tensor] = {}
         self._complete: set[str] = set()
+        self._files = WatchedFiles(())  # that chunks were read of
+        finalize(self, _mappings.give_back, self._held)
 
     def hold(self, name: str, numel: int) -> None:
         """Read a tensor of *numel* elements, checked, and keep it.
@@ -235,22 +240,32 @@ class ResidentBase(PinnedBase):
         """
         if name in self._complete:
             return
+        if not self._held:
+            self._files = self._source.watch()
         for index, span in enumerate(chunk_spans(numel)):
-            chunk = self._source.read(name, *span)
-            if self._keep and len(self._held) < self._most:
+            chunk = self._source.read(name, *span, mapped=self._keep)
+            if self._keep and (name, index) not in self._held and _mappings.take():
                 self._held[name, index] = chunk
         if self._keep:
             self._complete.add(name)
+
+    def check(self) -> None:
+        """Refuse a base that somebody wrote to since it was read: it is mapped, and not what was verified any more.
+
+        Raises:
+            DamagedCheckpointError: somebody did.
+        """
+        self._files.check()
 
     def holds(self, name: str, start: int) -> bool:
         """Whether the chunk that element *start* lies in stays where it was read."""
         return (name, start // CHUNK_NUMEL) in self._held
 
-    def read(self, name: str, start: int, stop: int) -> Tensor:
-        """As `PinnedBase.read`."""
+    def read(self, name: str, start: int, stop: int, *, mapped: bool = False) -> Tensor:
+        """As `PinnedBase.read`; what is held is mapped in any case."""
         chunk = self._held.get((name, start // CHUNK_NUMEL))
         if chunk is None:
-            return self._source.read(name, start, stop)
+            return self._source.read(name, start, stop, mapped=mapped)
         first = start // CHUNK_NUMEL * CHUNK_NUMEL
         return chunk if stop - start == chunk.numel() else chunk[start - first : stop - first]
 
@@ -266,7 +281,8 @@ class ResidentBase(PinnedBase):
 
     def close(self) -> None:
         """Forget what was kept; the base itself is its bundle's to close."""
-        self._held, self._complete = {}, set()
+        _mappings.give_back(self._held)
+        self._complete = set()
 
 
 def _shared_payloads(task: Task, coded: Coded) -> Iterator[Stored]:
@@ -294,8 +310,32 @@ def _writable(chunk: Bytes) -> Bytes:
     return chunk if chunk.flags.writeable else chunk.copy()
 
 
+class _Mappings:
+    """How many chunks this process holds, for all of its models; those beyond are read anew at each switch."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._lock = forking.lock()
+
+    def take(self) -> bool:
+        """Whether one more may be held."""
+        with self._lock:
+            is_free = self._count < _most_held()
+            self._count += is_free
+            return is_free
+
+    def give_back(self, held: dict[tuple[str, int], Tensor]) -> None:
+        """Let go of all that are in *held*."""
+        with self._lock:
+            self._count -= len(held)
+        held.clear()
+
+
+_mappings: Final = _Mappings()
+
+
 def _most_held() -> int:
-    """How many chunks may be held; those beyond are read anew at each switch."""
+    """How many chunks may be held."""
     try:
         import resource  # noqa: PLC0415 - not on Windows
     except ImportError:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import sys
-import threading
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tallstore import forking
 from tallstore.checkpoints.torch_dtypes import TORCH_DTYPES
 from tallstore.errors import OptionError, SwitchError, TallstoreError
 from tallstore.format.bundle_files import BundleFiles
@@ -71,7 +72,7 @@ class Switcher:
         """Read base.json; see `Bundle.attach`.
 
         Raises:
-            OptionError: no tensor of the model is in the base or in a task, or as `NamedTensors`; or a bound is negative.
+            OptionError: no tensor of the model is in the base or in a task, as `NamedTensors`, or a bound is negative.
         """
         if cache_nbytes < 0:
             raise OptionError(f"cache_nbytes is {cache_nbytes}; give a number of bytes, 0 or more")
@@ -80,11 +81,11 @@ class Switcher:
         self._base = ResidentBase(base, keep=keep_base)
         self._tensors = NamedTensors(model, self._files.base.keys())
         self._devices = DeviceWrites(self._files, self._base, cache_nbytes, enabled=on_device)
-        self._lock = threading.RLock()
-        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tallstore-prefetch")
+        self._lock = forking.rlock()
+        self._reader: tuple[int, ThreadPoolExecutor] | None = None  # of which process
         self._active_kept, self._next_kept = contextlib.ExitStack(), contextlib.ExitStack()
         self._next: str | None = None
-        self._next_lock = threading.Lock()
+        self._next_lock = forking.lock()
         self._base_names: dict[str, str] = {}  # of tensors that tasks have under another name than the base
         self._places: Sequence[object] = ()  # of the model's tensors; for these, the following was worked out
         self._states: dict[str | None, State] = {}
@@ -186,7 +187,18 @@ class Switcher:
             UnknownTaskError: *task* is not in the bundle.
         """
         self._files.entry(task)
-        return self._reader.submit(self._prefetch, task, frozenset(self._tensors()))
+        return self._own_reader().submit(self._prefetch, task, frozenset(self._tensors()))
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse `pickle` and `copy`.
+
+        Raises:
+            OptionError: always.
+        """
+        raise OptionError(
+            "a Switcher writes to a model of this process, and cannot be copied or sent to another; "
+            "send the bundle, and attach a model to it there: bundle.attach(model)"
+        )
 
     def __repr__(self) -> str:
         state = "of no expert: a switch failed" if self._failure is not None else f"active_expert={self._state.task!r}"
@@ -367,6 +379,7 @@ class Switcher:
             self._files.hold(coded[0].expert.task, [content.name for content in coded])
         for tensor in state.base_tensors:
             self._base.hold(tensor.name, math.prod(tensor.shape))
+        self._base.check()
 
     def _check_apart(self, slots: Mapping[str, Slot], tensors: Iterable[BaseTensor]) -> None:
         """Refuse a base in the model's own memory, which the first switch would overwrite."""
@@ -453,6 +466,13 @@ class Switcher:
             contents = {name: OfExpert(task, name, expert) for name in expert.names if name in names}
             self._hold(State(task, contents))
             self._expect(task)
+
+    def _own_reader(self) -> ThreadPoolExecutor:
+        """The thread that reads ahead: a forked process needs another one than its parent."""
+        with self._next_lock:
+            if self._reader is None or self._reader[0] != os.getpid():
+                self._reader = os.getpid(), ThreadPoolExecutor(1, "tallstore-prefetch")
+            return self._reader[1]
 
     def _expect(self, task: str | None) -> None:
         """Keep the task that comes next in memory, and no other one for that reason."""

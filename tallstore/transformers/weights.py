@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tallstore import forking
 from tallstore.checkpoints.torch_dtypes import TORCH_DTYPES
 from tallstore.loading.bundle import Bundle
 
@@ -25,7 +25,7 @@ class Weight:
 
     def __init__(self, bundle: Bundle, task: str, name: str, *, is_tied: bool) -> None:
         self._bundle, self._task, self._name, self._is_tied = bundle, task, name, is_tied
-        self._lock = threading.Lock()
+        self._lock = forking.lock()
         self._made: dict[tuple[object, object], Tensor] = {}
         self.dtype = TORCH_DTYPES[bundle._expert(task).spec(name).dtype]  # noqa: SLF001 - this package's
 

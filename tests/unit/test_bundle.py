@@ -325,17 +325,18 @@ def test_a_flipped_bit_is_found_on_first_read_unless_told_otherwise(tmp_path, sh
     assert any(not same_bits(state[name], tensor) for name, tensor in expect(built).items())
 
 
-def test_always_reads_and_verifies_again(tmp_path):
+def test_what_was_written_to_after_it_was_read_is_verified_again(tmp_path):
     built = build(tmp_path / "bundle", codec="raw")
     built.seal()
-    bundles = {verify: tallstore.open_bundle(built.root, verify=verify) for verify in ("first-read", "always")}
+    bundles = {verify: tallstore.open_bundle(built.root, verify=verify) for verify in ("first-read", "always", "never")}
     for bundle in bundles.values():
         bundle.state_dict("Every thing")
     path = built.root / "tasks/every-thing/private-00001-of-00001.safetensors"
     damage(path, payload_start(path))
-    bundles["first-read"].state_dict("Every thing")
-    with pytest.raises(tallstore.IntegrityError):
-        bundles["always"].state_dict("Every thing")
+    bundles["never"].state_dict("Every thing")
+    for verify in ("first-read", "always"):
+        with pytest.raises(tallstore.IntegrityError, match="IDX-3"):
+            bundles[verify].state_dict("Every thing")
 
 
 def test_a_verify_that_is_none_is_refused(built):

@@ -398,21 +398,44 @@ def test_chunks_are_verified_as_asked(small, verify, first, second):
                 reader.payload(key, payload, encoding, numel).all()
 
 
-@pytest.mark.parametrize(("verify", "noticed"), [("first-read", False), ("always", True)])
-def test_a_chunk_that_changes_after_its_first_read(small, verify, noticed):
+@pytest.mark.parametrize("verify", ["first-read", "never", "always"])
+@pytest.mark.parametrize("set_back", [False, True])
+def test_a_chunk_that_changes_after_its_first_read(small, verify, set_back):
+    """Also where somebody sets the time of change back."""
     path, shard, stored = small
     reader = opened(path, shard, verify)
     key, payload, encoding, numel, _ = stored[0]
     payload_reader = reader.payload(key, payload, encoding, numel)
     payload_reader.all()
+    before = path.stat()
     with path.open("r+b") as file:
         file.seek(reader.header.nbytes)
         file.write(b"\0\1\2\3")
-    if noticed:
+    if set_back:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    if verify != "never":
         with pytest.raises(IntegrityError, match="IDX-3"):
             payload_reader.all()
     else:
         payload_reader.all()
+
+
+def test_a_chunk_is_verified_once_unless_somebody_writes_to_the_file(small, monkeypatch):
+    path, shard, stored = small
+    key, payload, encoding, numel, _ = stored[0]
+    asked = []
+    digest = xxhash.xxh3_128_digest
+    monkeypatch.setattr(xxhash, "xxh3_128_digest", lambda data: asked.append(1) or digest(data))
+    for verify, once, twice, rewritten in (("first-read", 1, 1, 2), ("always", 1, 2, 3), ("never", 0, 0, 0)):
+        reader = opened(path, shard, verify).payload(key, payload, encoding, numel)
+        asked.clear()
+        counts = []
+        for writes in (False, False, True):
+            if writes:
+                path.write_bytes(path.read_bytes())
+            reader.chunk(0)
+            counts.append(len(asked))
+        assert counts == [once, twice, rewritten], verify
 
 
 def test_threads_may_share_a_reader(tmp_path):
