@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         WorkerError,
     )
     from tallstore.fit import Auto, Emr, LeastSquares, Localize, Sign, SignedMask, TallMask, Uniform
+    from tallstore.growing import add, remove
     from tallstore.hub.checking import verify
     from tallstore.hub.pulling import pull
     from tallstore.hub.pushing import push
@@ -122,12 +123,14 @@ __all__ = [
     "UnsupportedFeatureError",
     "UnsupportedVersionError",
     "WorkerError",
+    "add",
     "compare",
     "open_bundle",
     "pack",
     "progress_bar",
     "pull",
     "push",
+    "remove",
     "train_masks",
     "verify",
     "write_report",
@@ -142,6 +145,8 @@ _HOMES: Final = {
     "Bundle": "tallstore.loading.bundle",
     "open_bundle": "tallstore.loading.bundle",
     "pull": "tallstore.hub.pulling",
+    "add": "tallstore.growing",
+    "remove": "tallstore.growing",
     "LoadResult": "tallstore.loading.model_weights",
     "Switcher": "tallstore.loading.switching",
     "Statistics": "tallstore.inspecting.statistics",

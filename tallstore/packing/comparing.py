@@ -19,8 +19,8 @@ from tallstore.meter import Meter, Progress
 from tallstore.notebook import html_table, number
 from tallstore.packing.arguments import check_arguments, open_expert, open_merged
 from tallstore.packing.job import Fitting, Job, Options
-from tallstore.packing.plan import name_experts
 from tallstore.packing.packer import pack
+from tallstore.packing.plan import name_experts
 from tallstore.packing.recipe import Evaluate, patterns
 from tallstore.packing.trial import Trials
 from tallstore.sizes import readable
