@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from tallstore.growing.adding import add
 from tallstore.growing.removing import RemoveReport, remove
+from tallstore.growing.repacking import repack
 
-__all__ = ["RemoveReport", "add", "remove"]
+__all__ = ["RemoveReport", "add", "remove", "repack"]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor
+from dataclasses import dataclass, field
 from dataclasses import replace as changed
 from pathlib import Path
 
@@ -109,8 +110,11 @@ def add(
             raise OutputExistsError(
                 f"{bundle}: there is a task {name!r} already; give another name, or replace=True to put it in its place"
             )
-        checkpoints = {task: inputs.enter_context(open_expert(task, source)) for task, source in experts.items()}
-        return pack_group(change, base, checkpoints, recipe, inputs, gone=there, action="add")
+
+        def opened(_: Checkpoint) -> Experts:
+            return Experts({task: inputs.enter_context(open_expert(task, source)) for task, source in experts.items()})
+
+        return pack_group(change, base, opened, recipe, inputs, gone=there, action="add")
 
 
 def default_method(count: int) -> Method:
@@ -118,17 +122,39 @@ def default_method(count: int) -> Method:
     return Uniform(levels=3, scale="tensor") if count <= _FEW else SignedMask()
 
 
+@dataclass(frozen=True)
+class Experts:
+    """What a group is packed from.
+
+    Attributes:
+        checkpoints: by task.
+        base_names: by task, what the base calls its tensors, where that is known; the others go by their names.
+    """
+
+    checkpoints: Mapping[str, Checkpoint]
+    base_names: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
 def pack_group(
     change: Change,
     base: CheckpointSource | None,
-    checkpoints: Mapping[str, Checkpoint],
+    open_experts: Callable[[Checkpoint], Experts],
     recipe: Recipe,
     inputs: contextlib.ExitStack,
     *,
     gone: Collection[str],
     action: Action,
 ) -> PackReport:
-    """Pack opened experts as a new group of a bundle, and let the tasks *gone* go in the same change.
+    """Pack experts as a new group of a bundle, and let the tasks *gone* go in the same change.
+
+    Args:
+        change: of the bundle.
+        base: as for `add`.
+        open_experts: called with the base, which nobody has compared yet: it is, before a weight is read.
+        recipe: how to pack.
+        inputs: closes what was opened.
+        gone: names of the tasks that go.
+        action: for the report, and for messages.
 
     Raises:
         TallstoreError: as `add`.
@@ -142,10 +168,11 @@ def pack_group(
     # A caller's inference mode is not its threads', and tensors that it makes may not be written to outside of it.
     inputs.enter_context(torch.inference_mode(mode=False))
     opened = inputs.enter_context(open_base(change.bundle, base, None, f"{action}(bundle, …, base=…)"))
+    experts = open_experts(opened)
     tensors = change.bundle.base
     described = describe(opened, tensors)
     options = changed(recipe.options, group=before.next_group, taken=frozenset(task.slug for task in before.tasks))
-    work = Work(described, checkpoints, changed(recipe, options=options), inputs)
+    work = Work(described, experts.checkpoints, changed(recipe, options=options), inputs, experts.base_names)
     made = change.room / "made"
     made.mkdir()
     table = BaseTable(format="tallstore.base", tensors=tuple(tensors.values()))

@@ -35,6 +35,7 @@ def test_the_names_are_these():
         "pull",
         "push",
         "remove",
+        "repack",
         "train_masks",
         "verify",
         "write_report",
