@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         WorkerError,
     )
     from tallstore.fit import Auto, Emr, LeastSquares, Localize, Sign, SignedMask, TallMask, Uniform
+    from tallstore.growing import add, remove, repack
     from tallstore.hub.checking import verify
     from tallstore.hub.pulling import pull
     from tallstore.hub.pushing import push
@@ -124,12 +125,15 @@ __all__ = [
     "UnsupportedFeatureError",
     "UnsupportedVersionError",
     "WorkerError",
+    "add",
     "compare",
     "open_bundle",
     "pack",
     "progress_bar",
     "pull",
     "push",
+    "remove",
+    "repack",
     "train_masks",
     "verify",
     "write_report",
@@ -145,6 +149,7 @@ _HOMES: Final = {
     "Bundle": "tallstore.loading.bundle",
     "open_bundle": "tallstore.loading.bundle",
     "pull": "tallstore.hub.pulling",
+    **dict.fromkeys(("add", "remove", "repack"), "tallstore.growing"),
     "LoadResult": "tallstore.loading.model_weights",
     "Switcher": "tallstore.loading.switching",
     "Statistics": "tallstore.inspecting.statistics",

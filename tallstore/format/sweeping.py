@@ -37,19 +37,23 @@ def delete(root: Path, paths: Iterable[str]) -> None:
     Raises:
         OSError: the first refusal of the system; all others have been tried.
     """
-    refused: OSError | None = None
-    folders = set[PurePosixPath]()
-    for path in paths:
-        try:
-            (root / path).unlink(missing_ok=True)
-            folders.update(parent for parent in PurePosixPath(path).parents if parent.parts)
-        except OSError as error:
-            refused = refused or error
+    paths = list(paths)
+    refused = [error for path in paths if (error := _refusal(root / path))]
+    folders = {parent for path in paths for parent in PurePosixPath(path).parents if parent.parts}
     for folder in sorted(folders, key=lambda folder: -len(folder.parts)):
         with contextlib.suppress(OSError):  # not empty
             (root / folder).rmdir()
-    if refused is not None:
-        raise refused
+    if refused:
+        raise refused[0]
+
+
+def _refusal(path: Path) -> OSError | None:
+    """Delete a file; what the system has against it."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        return error
+    return None
 
 
 def _files(root: Path, folder: str) -> Iterator[str]:

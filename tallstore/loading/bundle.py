@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from tallstore import forking
-from tallstore.checkpoints import Checkpoint, CheckpointSource, open_checkpoint, open_hub_checkpoint
-from tallstore.errors import BaseMissingError, InputError, IntegrityError, OptionError
+from tallstore.checkpoints import CheckpointSource
+from tallstore.errors import IntegrityError, OptionError
 from tallstore.format.bundle_files import BundleFiles
 from tallstore.format.manifest import Manifest
 from tallstore.format.shard_reader import Verify
-from tallstore.hub.ids import shown
 from tallstore.hub.opening import open_files
 from tallstore.hub.pinned import Access
 from tallstore.inspecting.statistics import Statistics, measure_masks
@@ -29,7 +28,7 @@ from tallstore.loading.device_expert import DeviceExpert
 from tallstore.loading.expert import Expert
 from tallstore.loading.merging import Merging
 from tallstore.loading.model_weights import LoadResult, load_expert
-from tallstore.loading.pinned_base import PinnedBase
+from tallstore.loading.pinned_base import PinnedBase, open_base
 from tallstore.loading.stitching import stitch
 from tallstore.loading.switching import Switcher
 from tallstore.meter import Progress
@@ -444,27 +443,10 @@ class Bundle:
     def _pinned(self) -> PinnedBase:
         with self._lock:
             if self._base is None:
-                self._base = PinnedBase(self._files.base, self._open_base, self._verify)
+                self._base = PinnedBase(
+                    self._files.base, partial(open_base, self._files, self._base_source, self._access), self._verify
+                )
             return self._base
-
-    def _open_base(self) -> Checkpoint:
-        if self._base_source is not None:
-            return open_checkpoint(self._base_source, self._access)
-        pin = self.manifest.base
-        if pin.embedded:
-            return open_checkpoint(self._files.embedded_base())
-        if pin.repo_id is not None:
-            try:
-                return open_hub_checkpoint(pin.repo_id, pin.revision, self._access)
-            except InputError as error:
-                raise BaseMissingError(
-                    f"{self._files.where}: its base cannot be had from {shown(pin.repo_id, pin.revision)}, which the"
-                    f" bundle names ({error.problem}); give a copy of it: open_bundle(…, base=…)"
-                ) from None
-        raise BaseMissingError(
-            f"{self._files.where}: the bundle neither embeds its base nor says where it is; "
-            "give it: open_bundle(path, base=…) takes a path, a state dict or a Hub id"
-        )
 
 
 def _reopened(  # noqa: PLR0917 - as pickle calls it

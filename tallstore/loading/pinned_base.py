@@ -9,13 +9,50 @@ import xxhash
 from torch import Tensor, uint8
 
 from tallstore import forking
-from tallstore.checkpoints import Checkpoint
+from tallstore.checkpoints import Checkpoint, CheckpointSource, open_checkpoint, open_hub_checkpoint
 from tallstore.checkpoints.watched import WatchedFiles
-from tallstore.errors import BaseMismatchError
+from tallstore.errors import BaseMismatchError, BaseMissingError, InputError
+from tallstore.format.bundle_files import BundleFiles
 from tallstore.format.dtypes import CHUNK_NUMEL, TensorSpec, chunk_count, chunk_span
 from tallstore.format.manifest import BaseTensor
 from tallstore.format.payloads import BaseTensors
 from tallstore.format.shard_reader import Verify
+from tallstore.hub.ids import shown
+from tallstore.hub.pinned import Access
+
+
+def open_base(
+    files: BundleFiles, source: CheckpointSource | None, access: Access | None, call: str = "open_bundle(path, base=…)"
+) -> Checkpoint:
+    """The base of a bundle: the one that was given, or the embedded one, or the one that the bundle names.
+
+    Args:
+        files: the bundle's.
+        source: what the user gave.
+        access: how the Hub is reached.
+        call: where the user can give it, for messages.
+
+    Raises:
+        InputError: what was given, or is embedded, cannot be opened.
+        BaseMissingError: there is none, or the one that the bundle names cannot be had.
+    """
+    if source is not None:
+        return open_checkpoint(source, access)
+    pin = files.manifest.base
+    if pin.embedded:
+        return open_checkpoint(files.embedded_base())
+    if pin.repo_id is not None:
+        try:
+            return open_hub_checkpoint(pin.repo_id, pin.revision, access)
+        except InputError as error:
+            raise BaseMissingError(
+                f"{files.where}: its base cannot be had from {shown(pin.repo_id, pin.revision)}, which the"
+                f" bundle names ({error.problem}); give a copy of it: {call}"
+            ) from None
+    raise BaseMissingError(
+        f"{files.where}: the bundle neither embeds its base nor says where it is; "
+        f"give it: {call} takes a path, a state dict or a Hub id"
+    )
 
 
 class PinnedBase:
@@ -78,6 +115,19 @@ class PinnedBase:
             raise BaseMismatchError("BASE-2", checkpoint.where, tensor.name, f"has other values{more}")
         verified[index] = 1
         return chunk[start - first : stop - first]
+
+    def name_of(self, name: str) -> str:
+        """What the checkpoint calls the tensor *name*: that, or a name that is tied to it. Reads none of its bytes.
+
+        Raises:
+            BaseMismatchError: BASE-1, as `read`.
+            InputError: the base cannot be opened.
+        """
+        tensor = self._tensors[name]
+        if tensor.alias_of is not None:
+            tensor = self._tensors[tensor.alias_of]
+        with self._lock:
+            return self._found.get(tensor.name) or self._find(self._open(), tensor)
 
     @property
     def directory(self) -> Path | None:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 from tallstore.checkpoints import Checkpoint
 from tallstore.fit import Method
@@ -17,6 +17,10 @@ from tallstore.notebook import MAX_ROWS, html_table, number
 from tallstore.packing.group import GroupTask
 from tallstore.packing.task_progress import StoredWhole
 from tallstore.sizes import readable
+
+#: What was done: a new bundle packed, tasks added to one, or tasks of it packed again.
+Action = Literal["pack", "add", "repack"]
+_PAST: Final = {"pack": "packed", "add": "added", "repack": "repacked"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class PackedTask:
 
 @dataclass(frozen=True)
 class PackReport:
-    """What `pack` wrote, or with `dry_run` would have written.
+    """What `pack`, `add` or `repack` wrote, or with `dry_run` would have written.
 
     Attributes:
         path: the bundle.
@@ -62,8 +66,10 @@ class PackReport:
         tasks: in the order given.
         base_nbytes: the base's tensors in a plain checkpoint.
         shared_nbytes: files of the shared vectors.
-        bundle_nbytes: all files.
+        bundle_nbytes: all files of the bundle, those of other groups and of tasks that are not here included.
+        written_nbytes: the files that are new in it; all files of a new bundle.
         advice: one-line hints, such as a method that would be smaller and truer.
+        action: whether this is a new bundle, or which change of one.
     """
 
     path: Path
@@ -74,7 +80,9 @@ class PackReport:
     base_nbytes: int
     shared_nbytes: int
     bundle_nbytes: int
+    written_nbytes: int
     advice: tuple[str, ...]
+    action: Action = "pack"
 
     @property
     def checkpoints_nbytes(self) -> int:
@@ -121,10 +129,11 @@ class PackReport:
         return html_table([self._sum()], headings, rows, [*self._more(), *self.advice])
 
     def _sum(self) -> str:
-        verb = "would pack" if self.dry_run else "packed"
-        ratio = self.checkpoints_nbytes / max(1, self.bundle_nbytes)
+        verb = f"would {self.action}" if self.dry_run else _PAST[self.action]
+        ratio = self.checkpoints_nbytes / max(1, self.written_nbytes)
         first = f"{verb} {len(self.tasks)} tasks with {self.method}: {readable(self.checkpoints_nbytes)} of checkpoints"
-        return f"{first} in {readable(self.bundle_nbytes)} ({ratio:.1f} times smaller)"
+        whole = "" if self.action == "pack" else f"; the bundle has {readable(self.bundle_nbytes)}"
+        return f"{first} in {readable(self.written_nbytes)} ({ratio:.1f} times smaller){whole}"
 
     def _more(self) -> list[str]:
         count = len(self.tasks) - MAX_ROWS
@@ -179,6 +188,7 @@ def report(
         base_nbytes=_nbytes(base),
         shared_nbytes=shared_nbytes,
         bundle_nbytes=sum(sizes.values()),
+        written_nbytes=sum(sizes.values()),
         advice=(),
     )
 
@@ -195,7 +205,8 @@ def with_scores(report: PackReport, root: Path, manifest: Manifest, scores: Mapp
     tasks = tuple(
         replace(task, score=scores[task.name], nbytes=sizes[layout.task_directory(task.slug)]) for task in report.tasks
     )
-    return replace(report, tasks=tasks, bundle_nbytes=sum(sizes.values()))
+    nbytes = sum(sizes.values())
+    return replace(report, tasks=tasks, bundle_nbytes=nbytes, written_nbytes=nbytes)
 
 
 def _sizes(root: Path, manifest: Manifest) -> Counter[str]:

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from tallstore.checkpoints import Checkpoint
 from tallstore.errors import InputError, NameMismatchError, OptionError
@@ -75,7 +76,10 @@ class Part:
 
 
 def name_experts(
-    base: Checkpoint, checkpoints: Mapping[str, Checkpoint], key_mapping: Mapping[str, str]
+    base: Checkpoint,
+    checkpoints: Mapping[str, Checkpoint],
+    key_mapping: Mapping[str, str],
+    base_names: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
 ) -> tuple[Expert, ...]:
     """Find each expert tensor's name in the base.
 
@@ -83,6 +87,7 @@ def name_experts(
         base: the base.
         checkpoints: by task.
         key_mapping: regular expression -> replacement, applied in order to the expert's names.
+        base_names: by task, the base's names of an expert's tensors, where they are known; no key_mapping changes them.
 
     Raises:
         NameMismatchError: an expert has no name in common with the base, or two of its names become one.
@@ -94,18 +99,25 @@ def name_experts(
         rules = [(re.compile(pattern), replacement) for pattern, replacement in key_mapping.items()]
     except re.error as error:
         raise OptionError(f"key_mapping: {error.pattern!r} is no regular expression ({error})") from None
-    return tuple(_name_expert(base, task, checkpoint, rules) for task, checkpoint in checkpoints.items())
+    return tuple(
+        _name_expert(base, task, checkpoint, rules, base_names.get(task, {}))
+        for task, checkpoint in checkpoints.items()
+    )
 
 
 def _name_expert(
-    base: Checkpoint, task: str, checkpoint: Checkpoint, rules: Sequence[tuple[re.Pattern[str], str]]
+    base: Checkpoint,
+    task: str,
+    checkpoint: Checkpoint,
+    rules: Sequence[tuple[re.Pattern[str], str]],
+    known_names: Mapping[str, str],
 ) -> Expert:
     where = f"expert {task!r} ({checkpoint.where})"
     _check_storable(checkpoint, where)
     known = set(base.names)
     mapped_names: dict[str, str | None] = {}
     for name in checkpoint.names:
-        mapped = _mapped(name, rules)
+        mapped = known_names.get(name) or _mapped(name, rules)
         mapped_names[name] = mapped if mapped in known else None
     aliases = _carry_by_known(checkpoint, mapped_names)
     base_names = {name: mapped for name, mapped in mapped_names.items() if name not in aliases}

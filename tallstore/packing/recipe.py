@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -71,16 +72,28 @@ class Work:
     """Inputs that are opened, and the recipe that they are packed by."""
 
     def __init__(
-        self, base: Checkpoint, checkpoints: Mapping[str, Checkpoint], recipe: Recipe, inputs: contextlib.ExitStack
+        self,
+        base: Checkpoint,
+        checkpoints: Mapping[str, Checkpoint],
+        recipe: Recipe,
+        inputs: contextlib.ExitStack,
+        base_names: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
     ) -> None:
-        """Find each expert's tensors in the base; *inputs* gets what else has to be opened.
+        """Find each expert's tensors in the base.
+
+        Args:
+            base: the base.
+            checkpoints: by task.
+            recipe: how to pack.
+            inputs: gets what else has to be opened.
+            base_names: by task, what the base calls its tensors, where that is known.
 
         Raises:
             InputError: an input cannot be packed.
             OptionError: key_mapping is none.
         """
         self._base, self._recipe = base, recipe
-        self._experts = name_experts(base, checkpoints, recipe.key_mapping)
+        self._experts = name_experts(base, checkpoints, recipe.key_mapping, base_names)
         self._missed = companions.look_through({task: each.directory for task, each in checkpoints.items()})
         nbytes = sum(expert.nbytes for expert in self._experts)
         self._meter = Meter(recipe.progress, _phases(recipe.method, nbytes, recipe.calibrate))

@@ -27,12 +27,15 @@ def test_the_names_are_these():
     methods = {"Auto", "Emr", "LeastSquares", "Localize", "Sign", "SignedMask", "TallMask", "Uniform"}
     results = {"Comparison", "LoadResult", "PackReport", "Problem", "Statistics"}
     assert functions == {
+        "add",
         "compare",
         "open_bundle",
         "pack",
         "progress_bar",
         "pull",
         "push",
+        "remove",
+        "repack",
         "train_masks",
         "verify",
         "write_report",

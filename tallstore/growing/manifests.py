@@ -1,0 +1,93 @@
+"""The manifest of a bundle after a change: which tasks, groups and files it lists then."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+import msgspec
+from msgspec import Struct
+
+import tallstore
+from tallstore.errors import IntegrityError
+from tallstore.files import hash_bytes
+from tallstore.format import layout
+from tallstore.format.bundle_files import BundleFiles
+from tallstore.format.manifest import FORMAT_VERSION, CompanionFile, Manifest, TaskEntry
+from tallstore.format.parsing import MAX_JSON_NBYTES
+
+
+def after_change(
+    before: Manifest, gone: Collection[str], made: Manifest | None, named: frozenset[str] | None
+) -> Manifest:
+    """The manifest once some tasks are gone, and those of one new group have come.
+
+    A task that comes in the place of one that goes has its place in the list; the others follow. A group goes with its
+    last task.
+
+    Args:
+        before: the bundle's manifest.
+        gone: names of the tasks that go.
+        made: a manifest of the new group alone; None where none comes.
+        named: paths of the companion files that the tasks which stay may name; None where that is not known of all.
+    """
+    came = {} if made is None else {task.name: task for task in made.tasks}
+    tasks = [came.pop(task.name) if task.name in came else task for task in _remaining(before, gone, came)]
+    used = {task.group for task in tasks}
+    lost = {task.group for task in before.tasks if task.name in gone} - used
+    groups = [group for group in before.groups if group.id not in lost]
+    directories = {
+        *(layout.task_directory(task.slug) for task in before.tasks if task.name in gone),
+        *map(layout.group_directory, lost),
+    }
+    files = {
+        file.path: file
+        for file in before.files
+        if file.path.rpartition("/")[0] not in directories
+        and (named is None or not file.path.startswith("files/") or file.path in named)
+    }
+    if made is not None:
+        groups += made.groups
+        files |= {file.path: file for file in made.files if file.path.partition("/")[0] in {"files", "groups", "tasks"}}
+    return msgspec.structs.replace(
+        before,
+        format_version=FORMAT_VERSION,
+        generator=f"tallstore {tallstore.__version__}",
+        next_group=before.next_group if made is None else made.next_group,
+        groups=tuple(groups),
+        tasks=(*tasks, *came.values()),
+        files=tuple(files[path] for path in sorted(files)),
+    )
+
+
+def _remaining(before: Manifest, gone: Collection[str], came: Collection[str]) -> Iterable[TaskEntry]:
+    return [task for task in before.tasks if task.name not in gone or task.name in came]
+
+
+class _Named(Struct):
+    """Of a task.json, what it says of companion files."""
+
+    files: tuple[CompanionFile, ...]
+
+
+def named_companions(bundle: BundleFiles, gone: Collection[str]) -> frozenset[str] | None:
+    """The paths of the companion files that the tasks name which stay; None where one of those is not fetched.
+
+    Reads their tables, if there are companion files at all.
+
+    Raises:
+        IntegrityError: a table is not the one that was written.
+    """
+    if not any(path.startswith("files/") for path in bundle.files):
+        return frozenset()
+    paths = set[str]()
+    for task in bundle.manifest.tasks:
+        if task.name not in gone:
+            path = layout.task_table(task.slug)
+            try:
+                raw = layout.read_bounded(bundle.root, path, MAX_JSON_NBYTES)
+            except FileNotFoundError:
+                return None
+            if hash_bytes(raw).sha256 != bundle.files[path].sha256:
+                raise IntegrityError("FILE-2", path, "changed since it was written; fetch the file again")
+            paths.update(layout.companion_path(file.sha256) for file in msgspec.json.decode(raw, type=_Named).files)
+    return frozenset(paths)
