@@ -1,9 +1,10 @@
-"""Freeze the vectors and schemas of a version: from then on, none of them changes or goes.
+"""Freeze the vectors and schemas of a version, and its bundles in the tests: from then on, none changes or goes.
 
     python spec/freezing.py            writes frozen-1.0.txt, once
     python spec/freezing.py --check    compares what is there with every such list; exits with 1 if something differs
 
-A list has a line for each vector and schema, its sha256 first: of a schema, the file's; of a vector, that of what
+A list has a line for each vector and schema, its sha256 first: of a schema, the file's; of a vector, and of the bundles
+of the first release, that of what
 
     find . -type f | LC_ALL=C sort | xargs sha256sum
 
@@ -21,6 +22,7 @@ from pathlib import Path
 from second.shards import FORMAT_VERSION
 
 SPEC = Path(__file__).resolve().parent
+RELEASE = "tests/data/first-release"
 _KINDS = ("valid", "invalid")
 
 
@@ -30,20 +32,26 @@ def lists(spec: Path) -> list[Path]:
 
 
 def digest(files: Mapping[str, bytes]) -> str:
-    """The sha256 of a vector, of its files by path."""
+    """The sha256 of a directory, of its files by path."""
     lines = [f"{hashlib.sha256(files[path]).hexdigest()}  ./{path}\n" for path in sorted(files)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def digests(spec: Path) -> dict[str, str]:
-    """What is there: the sha256 of every schema and vector, by its path in *spec*."""
+    """What is there: the sha256 of schemas and vectors by path in *spec*, and of the first release's bundles."""
     schemas = {f"schema/{path.name}": path.read_bytes() for path in (spec / "schema").glob("*.json")}
     found = {path: hashlib.sha256(content).hexdigest() for path, content in schemas.items()}
     for kind in _KINDS:
         for case in (spec / "vectors" / kind).iterdir():
-            files = {file.relative_to(case).as_posix(): file for file in case.rglob("*") if file.is_file()}
-            found[f"vectors/{kind}/{case.name}"] = digest({path: file.read_bytes() for path, file in files.items()})
+            found[f"vectors/{kind}/{case.name}"] = digest(_contents(case))
+    if (release := spec.parent / RELEASE).is_dir():
+        found[RELEASE] = digest(_contents(release))
     return found
+
+
+def _contents(directory: Path) -> dict[str, bytes]:
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
 
 
 def parsed(text: str) -> dict[str, str]:

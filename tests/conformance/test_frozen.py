@@ -25,10 +25,11 @@ def freezing(monkeypatch):
 @pytest.fixture
 def spec(tmp_path):
     """A specification with a few vectors."""
-    shutil.copytree(SPEC / "schema", tmp_path / "schema")
+    root = tmp_path / "spec"
+    shutil.copytree(SPEC / "schema", root / "schema")
     for case in CASES:
-        shutil.copytree(SPEC / "vectors" / case, tmp_path / "vectors" / case)
-    return tmp_path
+        shutil.copytree(SPEC / "vectors" / case, root / "vectors" / case)
+    return root
 
 
 def test_what_is_frozen_is_as_it_was(freezing):
@@ -111,6 +112,16 @@ def test_what_changed_or_went_is_named(what, freezing, spec, capsys):
     change(spec)
     assert freezing.main(["--check"], spec, "1.1") == 1
     assert problem in capsys.readouterr().err
+
+
+def test_the_first_releases_bundles_are_frozen_with_them(freezing, spec, capsys):
+    release = spec.parent / "tests" / "data" / "first-release"
+    release.mkdir(parents=True)
+    (release / "weights.json").write_text("{}")
+    freezing.main([], spec, "1.0")
+    (release / "weights.json").write_text("{ }")
+    assert freezing.main(["--check"], spec, "1.0") == 1
+    assert "tests/data/first-release is other than it was frozen in 1.0" in capsys.readouterr().err
 
 
 def test_vectors_may_be_added(freezing, spec):
