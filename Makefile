@@ -74,6 +74,10 @@ vectors: $(VENV)/dev.stamp ## write the specification's vectors and schemas anew
 	$(BIN)/python spec/make_vectors.py
 	$(BIN)/python spec/make_schema.py
 
+.PHONY: freeze
+freeze: $(VENV)/dev.stamp ## freeze the vectors and schemas of a version that is released, once
+	$(BIN)/python spec/freezing.py
+
 .PHONY: docs
 docs: $(VENV)/dev.stamp ## the documentation's site, in site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

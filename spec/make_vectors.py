@@ -3,6 +3,8 @@
     python spec/make_vectors.py            writes spec/vectors/
     python spec/make_vectors.py --check    compares them byte for byte, and exits with 1 if a file differs
 
+What is frozen (see ``freezing.py``) is never written with other bytes.
+
 The bytes depend on no library's version. zstd frames are put together by hand (``second/frames.py``); a few that
 libzstd wrote, with entropy coding and matches, are kept in hexadecimal, and zstandard only decodes them here, to prove
 what they hold. What a vector is made of is described in ``spec/README.md``.
@@ -19,6 +21,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import zstandard
+from freezing import SPEC, broken, digest, digests
 from second.bundles import dump, seal
 from second.elements import CHUNK, array
 from second.frames import frame, planes
@@ -31,7 +34,7 @@ from second.valid_centre import VALID_CENTRE
 from second.valid_grown import VALID_GROWN
 from second.valid_kinds import VALID_KINDS
 
-VECTORS = Path(__file__).parent / "vectors"
+VECTORS = SPEC / "vectors"
 VALID = VALID_FIRST | VALID_KINDS | VALID_CENTRE | VALID_GROWN
 INVALID = INVALID_FIRST | INVALID_KINDS
 
@@ -122,6 +125,16 @@ def differences(files: Mapping[str, bytes], root: Path) -> Iterator[str]:
     yield from (f"{path} is stale: nothing makes it" for path in sorted(there - files.keys()))
 
 
+def digests_of(files: Mapping[str, bytes]) -> dict[str, str]:
+    """The sha256 of every vector that *files* makes, and of all else as it is there."""
+    cases: dict[str, dict[str, bytes]] = {}
+    for path, content in files.items():
+        kind, name, inner = path.split("/", 2)
+        cases.setdefault(f"vectors/{kind}/{name}", {})[inner] = content
+    others = {path: sha256 for path, sha256 in digests(SPEC).items() if not path.startswith("vectors/")}
+    return others | {path: digest(case) for path, case in cases.items()}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the vectors, or check them."""
     parser = argparse.ArgumentParser(
@@ -130,6 +143,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file differs")
     options = parser.parse_args(arguments)
     files = corpus()
+    refused = [*broken(digests_of(files), SPEC), *(broken(digests(SPEC), SPEC) if options.check else ())]
+    for line in dict.fromkeys(refused):
+        print(f"spec/{line}", file=sys.stderr)
+    if refused:
+        print("what is frozen stays: mend second/ so that it makes the same bytes; nothing written", file=sys.stderr)
+        return 1
     if options.check:
         found = list(differences(files, VECTORS))
         for line in found[:20]:
