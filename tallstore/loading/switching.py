@@ -71,7 +71,7 @@ class Switcher:
         """Read base.json; see `Bundle.attach`.
 
         Raises:
-            OptionError: no tensor of the model is in the base or in a task, or as `NamedTensors`; or a bound is negative.
+            OptionError: no tensor of the model is in the base or in a task, as `NamedTensors`, or a bound is negative.
         """
         if cache_nbytes < 0:
             raise OptionError(f"cache_nbytes is {cache_nbytes}; give a number of bytes, 0 or more")
