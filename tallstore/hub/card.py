@@ -1,9 +1,10 @@
 """The model card of a bundle: README.md, of which a push writes a part and the user the rest.
 
 What is written by every push anew stands between two comments: a sentence about the bundle, the table of tasks, how to
-load one. Around them, and in the metadata beyond the keys below, everything is the user's, and stays. Where a text has
-no such comments, it is left alone: put them back (``<!-- tallstore:begin -->`` and ``<!-- tallstore:end -->``, each on
-a line of its own) where the table shall stand. A README without a text gets a title and the generated part.
+load one, plots. Around them, and in the metadata beyond the keys below, everything is the user's, and stays. Where a
+text has no such comments, it is left alone: put them back (``<!-- tallstore:begin -->`` and
+``<!-- tallstore:end -->``, each on a line of its own) where the table shall stand. A README without a text gets a title
+and the generated part.
 
 Of the metadata, a push sets ``library_name``, adds its tags, and sets ``base_model`` and ``base_model_relation`` where
 the bundle names its base. The licence is the user's; where none is given, it is the one of the base's card.
@@ -50,6 +51,7 @@ def render(
     remote: str | None,
     licence_of: FindLicence,
     *,
+    plots: Callable[[], Sequence[str]] = tuple,
     where: str = "README.md",
 ) -> str:
     """The card of a bundle.
@@ -60,6 +62,7 @@ def render(
         local: the README in the bundle's directory; None where there is none.
         remote: the one on the Hub; None where there is none.
         licence_of: asked for the base's licence, where none is given.
+        plots: asked for the lines of each plot, where there is a generated part for them.
         where: what errors call it.
 
     Raises:
@@ -72,7 +75,7 @@ def render(
     metadata = front_matter.set_keys(text.metadata, _metadata(summary, text.parsed, licence, licence_of))
     body = f"# {repo_id.partition('/')[2]}\n\n" if text.is_empty else text.before
     if text.is_marked or text.is_empty:
-        body += f"{BEGIN}\n{_generated(summary, repo_id)}\n{END}{text.after}"
+        body += f"{BEGIN}\n{_generated(summary, repo_id, plots())}\n{END}{text.after}"
     written = front_matter.join(metadata, body)
     stamp = f"<!-- tallstore:text {_Written.read(written, where).digest} -->\n"
     return written.rstrip("\n") + "\n\n" + stamp
@@ -164,8 +167,8 @@ def _metadata(
 # --- the generated part -----------------------------------------------------------------------------------------------
 
 
-def _generated(summary: BundleSummary, repo_id: str) -> str:
-    return "\n\n".join([_sentence(summary), _table(summary), _loading(summary, repo_id)])
+def _generated(summary: BundleSummary, repo_id: str, plots: Sequence[str]) -> str:
+    return "\n\n".join([_sentence(summary), _table(summary), _loading(summary, repo_id), *plots])
 
 
 def _sentence(summary: BundleSummary) -> str:
@@ -184,12 +187,12 @@ def _sentence(summary: BundleSummary) -> str:
 
 def _link(repo_id: str, revision: str | None) -> str:
     commit = "" if revision is None else f"/tree/{revision}"
-    return f"[{_plain(repo_id)}](https://huggingface.co/{repo_id}{commit})"
+    return f"[{plain(repo_id)}](https://huggingface.co/{repo_id}{commit})"
 
 
 def _method(group: GroupSummary) -> str:
     values = ", ".join(f"{key.replace('_', ' ')} {_value(value)}" for key, value in group.parameters.items())
-    return _plain(f"{group.method} ({values})" if values else group.method)
+    return plain(f"{group.method} ({values})" if values else group.method)
 
 
 def _value(value: object) -> str:
@@ -216,7 +219,7 @@ def _table(summary: BundleSummary) -> str:
 
 def _row(task: TaskSummary) -> Sequence[str]:
     return [
-        _plain(task.name),
+        plain(task.name),
         readable(task.nbytes),
         _number(task.bits, ".2f"),
         _number(task.cosine, ".3f"),
@@ -229,7 +232,7 @@ def _number(value: float | None, digits: str) -> str:
     return _NOTHING if value is None else format(value, digits)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """A text that Markdown shows as it is, on one line and in a cell of a table."""
     return _MARKUP.sub(lambda found: f"&#{ord(found[0])};", " ".join(text.split()))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -11,10 +13,15 @@ from tallstore.caller_warnings import warn
 from tallstore.errors import BundleNotFoundError, CardError, FormatError, IntegrityError
 from tallstore.files import hash_bytes, hash_file, write_file
 from tallstore.format import layout
+from tallstore.format.bundle_files import BundleFiles
 from tallstore.format.manifest import FileEntry
 from tallstore.format.origin import ORIGIN, Origin, read_origin, serialise_origin
 from tallstore.format.parsing import MAX_JSON_NBYTES, parse_manifest
+from tallstore.inspecting.statistics import measure_masks
+from tallstore.inspecting.summary import summarise
 from tallstore.meter import Progress
+from tallstore.reporting.drawing import Plot
+from tallstore.reporting.plots import card_plots
 from tallstore.verifying import verify
 
 README: Final = "README.md"
@@ -31,14 +38,21 @@ class LocalBundle:
         files: what it lists, by path.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, progress: Progress | None = None) -> None:
+        """Read the manifest.
+
+        Args:
+            root: the bundle's directory.
+            progress: is told bytes verified, and in all.
+        """
+        self.root, self._progress = root, progress
         try:
             self.raw_manifest = layout.read_bounded(root, layout.MANIFEST, MAX_JSON_NBYTES)
         except (FileNotFoundError, NotADirectoryError):
             raise BundleNotFoundError(f"{root}: there is no bundle (no {layout.MANIFEST}); check the path") from None
         self.manifest = parse_manifest(self.raw_manifest, layout.MANIFEST)
         self.files = {file.path: file for file in self.manifest.files}
+        self._is_verified = False
 
     def readme(self) -> str | None:
         """The model card here, None where there is none."""
@@ -84,14 +98,30 @@ class LocalBundle:
             with contextlib.suppress(OSError):  # in a directory that may not be written to, the old commit stays
                 write_file(self.root / ORIGIN, serialise_origin(Origin(repo_id, commit)))
 
-    def refuse_broken(self, progress: Progress | None) -> None:
-        """Verify the bundle; of a group or task that needs a feature which is not here, only the bytes.
+    @cached_property
+    def plots(self) -> Sequence[tuple[Plot, bytes]]:
+        """Those of a model card, and their pictures; reads every mask once.
+
+        Raises:
+            FormatError: the bundle is broken.
+        """
+        self.refuse_broken()
+        summary = summarise(self.root)
+        names = [task.name for task in summary.tasks if task.fetched and task.unreadable is None]
+        with contextlib.closing(BundleFiles(self.root)) as files:
+            masks = measure_masks(files, names) if names else None
+        return [(plot, plot.file("png")) for plot in card_plots(summary, masks)]
+
+    def refuse_broken(self) -> None:
+        """Verify the bundle, once; of a group or task that needs a feature which is not here, only the bytes.
 
         Raises:
             FormatError: the first of its problems.
         """
+        if self._is_verified:
+            return
         problems = []
-        for problem in verify(self.root, progress=progress):
+        for problem in verify(self.root, progress=self._progress):
             if problem.rule == "VER-4":  # the manifest's own features were looked at when it was parsed
                 warn(f"{problem}: its files are pushed as they are")
             else:
@@ -100,6 +130,7 @@ class LocalBundle:
             first = problems[0]
             more = f"; {len(problems)} problems in all, which verify lists" if len(problems) > 1 else ""
             raise FormatError(first.rule, f"{self.root}/{first.where}", f"{first.message}{more}; not pushed")
+        self._is_verified = True
 
 
 def changed(entry: FileEntry) -> IntegrityError:

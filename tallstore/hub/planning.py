@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,7 +21,9 @@ from tallstore.files import hash_bytes
 from tallstore.format import layout
 from tallstore.format.manifest import FileEntry, Manifest, TaskTable
 from tallstore.format.parsing import is_newer_minor, parse, parse_manifest
+from tallstore.hub import card_plots
 from tallstore.hub.card import render
+from tallstore.hub.card_plots import CardPlots
 from tallstore.hub.changes import Changes, RemoteFile, compare, is_same
 from tallstore.hub.local_bundle import README, LocalBundle, decode
 from tallstore.hub.repository import Head, Repository
@@ -38,6 +40,7 @@ class Request:
     private: bool | None
     create_pr: bool
     overwrite: bool
+    plots: bool
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,9 @@ class PushPlan:
         head: the commit that the bundle was compared with; None where the repository has yet to be made.
         changes: file by file.
         message: the commit's first line, by default.
-        readme: README.md.
-        wanted: every file that the repository will have of the bundle.
+        contents: by path, what is pushed and is no file of the bundle here: the card and its plots; and the manifest.
+        wanted: every file that the repository will have of the bundle, and those plots.
+        no_plots: why no plots are drawn; None where they are, or were.
     """
 
     local: LocalBundle
@@ -61,8 +65,9 @@ class PushPlan:
     head: Head | None
     changes: Changes
     message: str
-    readme: bytes
+    contents: Mapping[str, bytes]
     wanted: tuple[FileEntry, ...]
+    no_plots: str | None
 
     def is_in(self, commit: str) -> bool:
         """Whether a commit, by its sha, has all of it."""
@@ -83,18 +88,17 @@ def make_plan(local: LocalBundle, repository: Repository, request: Request) -> P
         _refuse_options(repository, head, request)
         there = repository.files(head.commit)
         tables = [path for path in local.absent_tables() if is_same(local.files[path], there.get(path), local.git_oid)]
-        known = repository.read([path for path in (README, layout.MANIFEST, *tables) if path in there], head.commit)
+        paths = [path for path in (README, layout.MANIFEST, *tables) if path in there]
+        known = repository.read([*paths, *card_plots.readable_paths(there)], head.commit)
         manifest = _remote_manifest(repository, there, known, local, overwrite=request.overwrite)
         if manifest is not None and not request.overwrite:
             _refuse_losses(local, repository, head, manifest)
-    readme = _card(local, repository, known)
-    wanted = (
-        *local.manifest.files,
-        _entry(README, readme),
-        _entry(layout.MANIFEST, local.raw_manifest),
-    )
+    plots, readme = _card(local, repository, there, known, wanted=request.plots)
+    contents = {**plots.contents, README: readme, layout.MANIFEST: local.raw_manifest}
+    wanted = (*local.manifest.files, *(_entry(path, content) for path, content in contents.items()))
     changes = compare(wanted, there, local.git_oid)
-    _refuse_missing(local, repository, changes)
+    changes = dataclasses.replace(changes, delete=(*changes.delete, *plots.outdated))
+    _refuse_missing(local, repository, changes, contents)
     return PushPlan(
         local=local,
         repository=repository,
@@ -102,8 +106,9 @@ def make_plan(local: LocalBundle, repository: Repository, request: Request) -> P
         head=head,
         changes=changes,
         message=_message(local.manifest, manifest),
-        readme=readme,
+        contents=contents,
         wanted=wanted,
+        no_plots=plots.reason,
     )
 
 
@@ -179,9 +184,9 @@ def _refuse_losses(local: LocalBundle, repository: Repository, head: Head, their
         )
 
 
-def _refuse_missing(local: LocalBundle, repository: Repository, changes: Changes) -> None:
+def _refuse_missing(local: LocalBundle, repository: Repository, changes: Changes, contents: Container[str]) -> None:
     for entry in changes.upload:
-        if entry.path in {README, layout.MANIFEST} or os.path.lexists(local.root / entry.path):
+        if entry.path in contents or os.path.lexists(local.root / entry.path):
             continue
         slug = entry.path.split("/")[1] if entry.path.startswith("tasks/") else None
         name = next((task.name for task in local.manifest.tasks if task.slug == slug), None)
@@ -195,13 +200,22 @@ def _refuse_missing(local: LocalBundle, repository: Repository, changes: Changes
         )
 
 
-def _card(local: LocalBundle, repository: Repository, known: Mapping[str, bytes]) -> bytes:
-    """README.md.
+def _card(
+    local: LocalBundle,
+    repository: Repository,
+    there: Mapping[str, RemoteFile],
+    known: Mapping[str, bytes],
+    *,
+    wanted: bool,
+) -> tuple[CardPlots, bytes]:
+    """The plots of the card, and README.md.
 
     Args:
         local: the bundle.
         repository: where it goes.
-        known: files of the repository: its README.md, and tables of tasks that are not here.
+        there: the repository's files.
+        known: the contents of some: its README.md, its manifest, plots, and tables of tasks that are not here.
+        wanted: whether there are to be plots.
     """
     summary, tables = summarise(local.root), Tables(local.root)
     entries = {task.slug: task for task in local.manifest.tasks}
@@ -219,7 +233,10 @@ def _card(local: LocalBundle, repository: Repository, known: Mapping[str, bytes]
 
     remote = decode(known[README], f"{repository.where}, {README}") if README in known else None
     whole = dataclasses.replace(summary, tasks=tuple(map(described, summary.tasks)))
-    return render(whole, repository.id, local.readme(), remote, repository.licence_of).encode()
+    is_same = known.get(layout.MANIFEST) == local.raw_manifest
+    plots = CardPlots(local, repository.where, there, known, wanted=wanted, card=remote or "", is_same_bundle=is_same)
+    readme = render(whole, repository.id, local.readme(), remote, repository.licence_of, plots=plots.blocks)
+    return plots, readme.encode()
 
 
 def _entry(path: str, content: bytes) -> FileEntry:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tallstore.errors import HubError
-from tallstore.format import layout
-from tallstore.hub.local_bundle import README, LocalBundle, changed
+from tallstore.hub.local_bundle import LocalBundle, changed
 from tallstore.hub.planning import PushPlan, Request, make_plan
 from tallstore.hub.repository import Repository
 from tallstore.meter import Progress
@@ -28,6 +27,7 @@ def push(
     commit_message: str | None = None,
     commit_description: str | None = None,
     overwrite: bool = False,
+    plots: bool = True,
     progress: Progress | None = None,
 ) -> CommitInfo:
     """Push a bundle to the Hub: one commit, which has all of it or is not made.
@@ -36,6 +36,11 @@ def push(
     a bundle that this one does not list are deleted in the same commit, all other files stay. README.md, the model
     card, is generated between two comments; what is written around them, here or on the Hub, is kept (see
     `tallstore.hub.card`).
+
+    With matplotlib (the extra ``report``), the card shows up to three plots: sizes, fidelity, what the masks have in
+    common. They are pictures of some 50 kB each under ``plots/`` in the repository, in the same commit. To draw them,
+    every mask is read once, and time grows with the square of the number of tasks; they are drawn again only where the
+    bundle changed. Without matplotlib, or where tasks' files are not here, the plots of another bundle are taken away.
 
     Args:
         path: the bundle's directory.
@@ -49,6 +54,7 @@ def push(
         commit_description: its further lines.
         overwrite: push over a bundle of another base or format or with tasks of others, or beside files that are no
             bundle's.
+        plots: show plots on the card. A file of such a name that is somebody else's is left alone, with a warning.
         progress: called with the bytes that were verified and those in all. Uploads are shown by the Hub's client, on a
             terminal alone.
 
@@ -75,6 +81,7 @@ def push(
         revision=revision,
         create_pr=create_pr,
         overwrite=overwrite,
+        plots=plots,
         progress=progress,
     )
     return carry_out(planned, commit_message, commit_description)
@@ -89,12 +96,13 @@ def plan(
     revision: str | None = None,
     create_pr: bool = False,
     overwrite: bool = False,
+    plots: bool = True,
     progress: Progress | None = None,
 ) -> PushPlan:
     """What `push` would do; changes nothing. Arguments and errors are those of `push`."""
-    local = LocalBundle(Path(path))
-    planned = make_plan(local, Repository(repo_id, revision, token), Request(private, create_pr, overwrite))
-    local.refuse_broken(progress)
+    local = LocalBundle(Path(path), progress)
+    planned = make_plan(local, Repository(repo_id, revision, token), Request(private, create_pr, overwrite, plots))
+    local.refuse_broken()
     return planned
 
 
@@ -137,7 +145,7 @@ def _upload(planned: PushPlan) -> list[CommitOperationAdd]:
     from huggingface_hub import CommitOperationAdd  # noqa: PLC0415 - takes long to import
 
     local, files = planned.local, planned.changes.upload
-    contents = {README: planned.readme, layout.MANIFEST: local.raw_manifest}
+    contents = planned.contents
     additions = [CommitOperationAdd(file.path, contents.get(file.path) or local.content(file)) for file in files]
     planned.repository.upload(additions, create_pr=planned.request.create_pr)
     for file, addition in zip(files, additions, strict=True):

@@ -13,6 +13,7 @@ Reason: TypeAlias = Literal[
     "stale parent",
     "busy",
     "unreachable",
+    "warning",
     "other",
 ]
 
@@ -28,7 +29,7 @@ class Refusal(NamedTuple):
     Attributes:
         reason: what kind of failure it is.
         status: of the Hub's answer, 0 without one.
-        name: of the client's error.
+        name: of the client's error; of one that says nothing, also of its first cause.
     """
 
     reason: Reason
@@ -38,7 +39,15 @@ class Refusal(NamedTuple):
 
 def refusal_of(error: Exception) -> Refusal:
     """What an error of huggingface_hub, or of what is below it, stands for. Never quotes it."""
-    return Refusal(_reason(error), _status(error) or 0, type(error).__name__)
+    reason, name, cause = _reason(error), type(error).__name__, type(_first_cause(error)).__name__
+    is_told = reason in {"other", "warning"} and cause != name
+    return Refusal(reason, _status(error) or 0, f"{name}, from {cause}" if is_told else name)
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _reason(error: Exception) -> Reason:
@@ -60,6 +69,8 @@ def _reason(error: Exception) -> Reason:
         return "stale parent"
     if status is not None:
         return "busy"
+    if _broke_off(error, frozenset({"Warning"})):
+        return "warning"
     return "unreachable" if _broke_off(error, _UNREACHABLE) else "other"
 
 

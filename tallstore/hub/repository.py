@@ -35,6 +35,7 @@ _PROBLEMS: Final[dict[Reason, str]] = {
     "invalid id": "is no id that the Hub takes; give 'org/name'",
     "stale parent": "somebody else pushed in the meantime; pull what is there now, and push again",
     "unreachable": "the Hub cannot be reached ({name}); push again later: what it has by now is not sent twice",
+    "warning": "the Hub's client has warnings ({name}), which are errors here; let them pass, and push again",
     "other": "the Hub's client failed ({name}); push again: what the Hub has by now is not sent twice",
 }
 _DENIED: Final = frozenset({401, 403})

@@ -359,6 +359,7 @@ class Bundle:
         commit_message: str | None = None,
         commit_description: str | None = None,
         overwrite: bool = False,
+        plots: bool = True,
         progress: Progress | None = None,
     ) -> CommitInfo:
         """Push the bundle to the Hub, as `tallstore.push`, whose arguments, result and errors these are."""
@@ -374,6 +375,7 @@ class Bundle:
             commit_message=commit_message,
             commit_description=commit_description,
             overwrite=overwrite,
+            plots=plots,
             progress=progress,
         )
 

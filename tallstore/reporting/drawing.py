@@ -32,6 +32,9 @@ _LONGEST_NAME: Final = 26
 _STRONGEST: Final = 0.8  # of a cell's colour: text on it stays legible, in light and in dark
 _HEAT: Final = (47, 111, 214)
 _DPI: Final = 200
+_PADDING: Final = 0.12  # inches around what stands alone, on a background that may not be its surroundings'
+_PADS: Final[Any] = ("figure.constrained_layout.w_pad", "figure.constrained_layout.h_pad")
+_MARK: Final = "tallstore"
 _STYLE: Final[Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "tallstore",
@@ -110,11 +113,19 @@ class Plot:
             figure = new_figure((WIDTH, self.height))
             self.draw(figure, palette)
             page = palette is _PAGE
-            nothing = dict.fromkeys(("Date", "Creator", "Format", "Type")) if kind == "svg" else {"Software": None}
-            figure.savefig(
-                out, format=kind, dpi=_DPI, metadata=nothing, facecolor="none" if page else palette.background
-            )
+            told = dict.fromkeys(("Date", "Creator", "Format", "Type")) if kind == "svg" else {"Software": _MARK}
+            figure.savefig(out, format=kind, dpi=_DPI, metadata=told, facecolor="none" if page else palette.background)
         return out.getvalue()
+
+
+def is_png_of_ours(raw: bytes) -> bool:
+    """Whether a file is what `Plot.file` made: it says so."""
+    return raw.startswith(b"\x89PNG") and b"tEXtSoftware\0" + _MARK.encode() in raw[:512]
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def check_matplotlib() -> None:
@@ -123,7 +134,7 @@ def check_matplotlib() -> None:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    if importlib.util.find_spec("matplotlib") is None:
+    if not can_draw():
         raise MissingExtraError("the report", "matplotlib", "report")
 
 
@@ -157,6 +168,8 @@ def _matplotlib(palette: Palette) -> Iterator[Callable[[tuple[float, float]], Fi
                     "grid.color": palette.line,
                 }
             )
+            if palette is not _PAGE:
+                mpl.rcParams.update(dict.fromkeys(_PADS, _PADDING))
             yield lambda size: Figure(figsize=size)
         finally:
             log.setLevel(level)

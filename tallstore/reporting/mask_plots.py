@@ -87,9 +87,9 @@ def density(masks: Statistics, blocks: Sequence[MaskedBlock]) -> Plot:
 
 
 def overlap(masks: Statistics) -> Plot | None:
-    """What each two masks have in common; None of a single one."""
+    """What each two masks have in common; None of a single one, or where none claims anything."""
     order = order_of(masks)
-    if len(order) < 2:
+    if len(order) < 2 or not any(map(any, masks.overlap)):
         return None
     values = _matrix(masks.similarity)[np.ix_(order, order)]
     np.fill_diagonal(values, np.nan)

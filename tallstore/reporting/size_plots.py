@@ -53,8 +53,9 @@ def sizes(summary: BundleSummary) -> Plot:
     made_of = ", ".join(f"{readable(part.nbytes)} {part.label}" for part in parts)
     told = f"The bundle is {readable(summary.nbytes)}: {made_of}."
     if summary.ratio is not None:
+        verb = "is" if len(summary.weighed) == 1 and not summary.base.embedded else "are"
         told = (
-            f"{_checkpoints(summary)} are {readable(summary.checkpoints_nbytes)}, the bundle is"
+            f"{_checkpoints(summary)} {verb} {readable(summary.checkpoints_nbytes)}, the bundle is"
             f" {readable(summary.weighed_nbytes)}, {summary.ratio:.1f} times smaller. {told}"
         )
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 from huggingface_hub import constants
 
 import tallstore
 from tallstore.format import layout
+from tallstore.format.parsing import parse_manifest, serialise_manifest
 from tallstore.hub import repository
 from tests.command_line import run
 from tests.hub.listening import listening
@@ -44,16 +48,17 @@ class Outcome:
 
 
 class Pusher:
-    """`tallstore.push` in a *process*, to a Hub, with a token: `push(path, repo_id).oid`."""
+    """`tallstore.push` in a *process*, to a Hub, with a token and *options*: `push(path, repo_id).oid`."""
 
-    def __init__(self, process: Executor, url: str, token: str | None) -> None:
-        self._process, self._url, self._token = process, url, token
+    def __init__(self, process: Executor, url: str, token: str | None, **options: object) -> None:
+        self._process, self._url, self._options = process, url, {"token": token, **options}
 
     def __call__(self, path: Path, repo_id: str, **options: object) -> Outcome:
         return self.start(path, repo_id, **options).result(timeout=120)
 
-    def start(self, path: Path, repo_id: str, **options: object) -> Future[Outcome]:
-        return self._process.submit(_push, self._url, path, repo_id, {"token": self._token, **options})
+    def start(self, path: Path, repo_id: str, *, without: str | None = None, **options: object) -> Future[Outcome]:
+        """A push under way; *without* is a package that is not installed there."""
+        return self._process.submit(_push, self._url, path, repo_id, {**self._options, **options}, without)
 
 
 class CommandLine:
@@ -82,9 +87,22 @@ def pushed(hub: LoopbackHub, revision: str = "main") -> dict[str, bytes]:
     }
 
 
+def plots(hub: LoopbackHub, revision: str = "main") -> dict[str, bytes]:
+    """The pictures of the card on the Hub, by path."""
+    files = hub.repositories[REPO].read(revision)
+    return {path: content for path, content in files.items() if path.startswith("plots/tallstore-")}
+
+
 def titles(hub: LoopbackHub, revision: str = "main") -> list[str]:
     """Of the commits, the newest first."""
     return [commit.title for commit in hub.repositories[REPO].history(revision)]
+
+
+def name_base(bundle: Path, repo_id: str) -> None:
+    """Let a bundle's manifest name its base."""
+    manifest = parse_manifest((bundle / "tallstore.json").read_bytes(), "tallstore.json")
+    pin = msgspec.structs.replace(manifest.base, repo_id=repo_id)
+    (bundle / "tallstore.json").write_bytes(serialise_manifest(msgspec.structs.replace(manifest, base=pin)))
 
 
 def _run(url: str, arguments: Sequence[object], code: int, environment: dict[str, str]) -> tuple[str, str]:
@@ -102,10 +120,27 @@ def _connect(url: str) -> None:
     repository._WAITS = (0.001, 0.001)
 
 
-def _push(url: str, path: Path, repo_id: str, options: dict[str, object]) -> Outcome:
+@contextlib.contextmanager
+def _lacking(package: str | None) -> Iterator[None]:
+    """As if a package was not installed."""
+    if package is None:
+        yield
+        return
+    before = sys.modules.get(package, package)
+    sys.modules[package] = None
+    try:
+        yield
+    finally:
+        if before is package:
+            del sys.modules[package]
+        else:
+            sys.modules[package] = before
+
+
+def _push(url: str, path: Path, repo_id: str, options: dict[str, object], without: str | None) -> Outcome:
     _connect(url)
     outcome = Outcome()
-    with listening() as records, warnings.catch_warnings(record=True) as warned:
+    with _lacking(without), listening() as records, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
             made = tallstore.push(path, repo_id, progress=lambda *told: outcome.progress.append(told), **options)

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 import tallstore
-from tests.hub.pushes import REPO, CommandLine, contents, pushed, titles
+from tests.hub.pushes import REPO, CommandLine, contents, plots, pushed, titles
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def test_a_push_says_what_went_and_where(hub, tool, bundles):
     printed, aside = tool("push", bundles / "two", REPO, "--private", "--message", "Mine")
     commit = hub.repositories[REPO].refs["refs/heads/main"]
     first, last = printed.splitlines()
-    assert first.startswith(f"pushed to {REPO}: {len(contents(bundles / 'two')) + 1} files (")
+    assert first.startswith(f"pushed to {REPO}: {len(contents(bundles / 'two')) + len(plots(hub)) + 1} files (")
     assert first.endswith(" uploaded, 0 files (0 B) there already")
     assert last == f"{hub.url}/{REPO}/commit/{commit}"
     assert aside == ""
@@ -49,12 +49,12 @@ def test_a_dry_run_as_json_has_every_file(hub, tool, bundles):
     found = json.loads(tool("push", bundles / "two", REPO, "--dry-run", "--json")[0])
     paths = {verb: {file["path"] for file in found[verb]} for verb in ("upload", "keep", "delete")}
     here = contents(bundles / "two").keys()
-    assert paths["upload"] | paths["keep"] == here | {"README.md"}
+    assert paths["upload"] | paths["keep"] == here | {"README.md"} | plots(hub).keys()
     assert {"README.md", "tallstore.json"} <= paths["upload"]
     assert {path for path in here if path.endswith(".safetensors")} <= paths["keep"]
     assert paths["delete"] == contents(bundles / "three").keys() - here
     for file in found["upload"] + found["keep"]:
-        if file["path"] != "README.md":
+        if file["path"] in here:
             assert file["size"] == len(contents(bundles / "two")[file["path"]])
     assert found["commit"] is None
     assert titles(hub) == before

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import shutil
 
-import msgspec
 import pytest
 
 from tallstore.format.origin import ORIGIN, Origin, read_origin, serialise_origin
-from tallstore.format.parsing import parse_manifest, serialise_manifest
 from tests.hub.loopback import Account, LoopbackHub
 from tests.hub.loopback.faults import Call
-from tests.hub.pushes import REPO, Pusher, contents, pushed, titles
+from tests.hub.pushes import REPO, Pusher, contents, name_base, pushed, titles
 
 OWNER, READ_ONLY, STRANGER = "hf_owner", "hf_readonly", "hf_stranger"
 ACCOUNTS = [Account(OWNER, "user"), Account(READ_ONLY, "user", role="read"), Account(STRANGER, "stranger")]
@@ -31,7 +29,7 @@ def hub():
 
 @pytest.fixture
 def push(hub, plain_process):
-    return Pusher(plain_process, hub.url, OWNER)
+    return Pusher(plain_process, hub.url, OWNER, plots=False)
 
 
 def table(hub):
@@ -295,13 +293,6 @@ def test_a_base_that_cannot_be_asked_has_no_licence(hub, push, two):
     name_base(two, "org/nowhere")
     assert push(two, REPO).error is None
     assert b"license" not in hub.repositories[REPO].read()["README.md"]
-
-
-def name_base(bundle, repo_id):
-    """Let a bundle's manifest name its base."""
-    manifest = parse_manifest((bundle / "tallstore.json").read_bytes(), "tallstore.json")
-    pin = msgspec.structs.replace(manifest.base, repo_id=repo_id)
-    (bundle / "tallstore.json").write_bytes(serialise_manifest(msgspec.structs.replace(manifest, base=pin)))
 
 
 def test_what_was_not_fetched_must_be_there_already(hub, push, bundles, two):

@@ -5,9 +5,12 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import warnings
 
 import pytest
 
+from tallstore.hub.refusals import refusal_of
+from tallstore.hub.repository import Repository
 from tests.hub.client_process import client_environment, client_process
 from tests.hub.conftest import NOWHERE
 from tests.hub.loopback.faults import Call, Delay, Drop, Fault, Hold, LoseAnswer, Status, Truncate
@@ -29,7 +32,7 @@ REQUESTS = [
 
 @pytest.fixture
 def push(hub, plain_process):
-    return Pusher(plain_process, hub.url, hub.token)
+    return Pusher(plain_process, hub.url, hub.token, plots=False)
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +122,27 @@ def test_what_does_not_pass_is_told_in_one_line_and_commits_nothing(hub, push, b
 
 
 def test_a_hub_that_is_not_there_is_told_in_one_line(push, bundles, plain_process):
-    outcome = Pusher(plain_process, "http://127.0.0.1:9", "hf_secret")(bundles / "two", REPO)
+    outcome = Pusher(plain_process, "http://127.0.0.1:9", "hf_secret", plots=False)(bundles / "two", REPO)
     assert outcome.error == "HubError"
     assert outcome.problem.startswith(f"{REPO}: the Hub cannot be reached (ConnectError); push again later")
     assert "hf_secret" not in outcome.said
+
+
+def test_a_warning_that_was_made_an_error_is_named_and_not_quoted():
+    def upload():
+        try:
+            warnings.warn("of hf_secret", DeprecationWarning, stacklevel=1)
+        except DeprecationWarning as warning:
+            raise RuntimeError("while uploading with hf_secret") from warning
+
+    with pytest.raises(RuntimeError) as caught:  # here, warnings are errors
+        upload()
+    assert refusal_of(caught.value) == ("warning", 0, "RuntimeError, from DeprecationWarning")
+    assert refusal_of(RuntimeError("hf_secret")) == ("other", 0, "RuntimeError")
+    problem = str(Repository(REPO, None, None)._refused(caught.value))
+    assert problem.startswith(
+        f"{REPO}: the Hub's client has warnings (RuntimeError, from DeprecationWarning), which are"
+    )
 
 
 def test_metadata_that_the_hub_refuses_are_told(hub, push, bundles, ready):
@@ -166,7 +186,7 @@ def test_of_two_pushers_at_once_one_wins_and_the_other_is_told(hub, push, bundle
     hub.inject(hold, "POST", f"{API}/commit/*")
     slow = push.start(bundles / "three", REPO)
     hold.reached.wait(60)
-    fast = Pusher(second_process, hub.url, hub.token)(bundles / "elsewhere", REPO, overwrite=True)
+    fast = Pusher(second_process, hub.url, hub.token, plots=False)(bundles / "elsewhere", REPO, overwrite=True)
     hold.release()
     assert slow.result(60).error == "HubConflictError"
     assert fast.oid == ready.refs["refs/heads/main"]
@@ -177,7 +197,7 @@ def test_of_two_pushers_at_once_one_wins_and_the_other_is_told(hub, push, bundle
 
 
 def test_of_many_pushers_each_wins_or_is_told(hub, push, bundles, ready, second_process):
-    other = Pusher(second_process, hub.url, hub.token)
+    other = Pusher(second_process, hub.url, hub.token, plots=False)
     outcomes = []
     for _ in range(3):
         racing = [
@@ -210,7 +230,7 @@ def interrupted(hub, bundles, tmp_path):
         hub.inject(hold, *request, skip=skip)
         environment = client_environment(hub.url, tmp_path, token=hub.token)
         del environment["HF_HUB_DISABLE_PROGRESS_BARS"]  # where there is no terminal, there are none
-        command = [sys.executable, "-m", "tallstore", "push", bundles / "two", REPO]
+        command = [sys.executable, "-m", "tallstore", "push", bundles / "two", REPO, "--no-plots"]
         with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
             hold.reached.wait(60)
             process.send_signal(number)

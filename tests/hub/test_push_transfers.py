@@ -21,7 +21,7 @@ def xet_hub():
 
 @pytest.fixture
 def xet_push(xet_hub, xet_process):
-    return Pusher(xet_process, xet_hub.url, xet_hub.token)
+    return Pusher(xet_process, xet_hub.url, xet_hub.token, plots=False)
 
 
 def sent_nbytes(hub):
@@ -45,7 +45,7 @@ def test_a_bundle_travels_by_xet(xet_hub, xet_push, bundles):
 
 def test_a_stranger_proposes_by_xet(xet_hub, xet_push, xet_process, bundles):
     xet_push(bundles / "two", REPO)
-    outcome = Pusher(xet_process, xet_hub.url, "hf_stranger")(bundles / "three", REPO, create_pr=True)
+    outcome = Pusher(xet_process, xet_hub.url, "hf_stranger", plots=False)(bundles / "three", REPO, create_pr=True)
     assert xet_hub.repositories[REPO].commits[outcome.oid].author == "stranger"
     assert pushed(xet_hub, "refs/pr/1") == contents(bundles / "three")
     assert pushed(xet_hub) == contents(bundles / "two")
@@ -75,7 +75,7 @@ def test_large_files_travel_in_parts_to_a_server_of_their_own(plain_process, tmp
     models = save_models(tmp_path)
     tallstore.pack(models / "base", {f"task{seed}": models / f"task{seed}" for seed in (1, 2)}, tmp_path / "bundle")
     with LoopbackHub(multipart=1000, cdn=True) as hub:
-        push = Pusher(plain_process, hub.url, hub.token)
+        push = Pusher(plain_process, hub.url, hub.token, plots=False)
         hub.inject(Status(503), "PUT", "/lfs/*/2")
         assert push(tmp_path / "bundle", REPO).oid
         assert pushed(hub) == contents(tmp_path / "bundle")

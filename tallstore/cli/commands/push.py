@@ -48,6 +48,9 @@ def push(
         bool,
         typer.Option("--overwrite", help="Push over a bundle of another base or format, or beside files of no bundle."),
     ] = False,
+    plots: Annotated[
+        bool, typer.Option("--plots/--no-plots", help="Show plots on the model card, where matplotlib is installed.")
+    ] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be uploaded and deleted; change nothing.")
     ] = False,
@@ -67,6 +70,7 @@ def push(
             revision=revision,
             create_pr=create_pr,
             overwrite=overwrite,
+            plots=plots,
             progress=progress,
         )
     commit = None if dry_run else carry_out(planned, message)

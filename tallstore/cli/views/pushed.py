@@ -37,6 +37,7 @@ def print_plan(plan: PushPlan) -> None:
                 Column("size", [readable(file.size) for _, file in rows + gone]),
             ],
         )
+    _print_no_plots(plan)
     console.print(Text("nothing was changed: a dry run", "dim"))
 
 
@@ -47,6 +48,7 @@ def print_pushed(plan: PushPlan, commit: CommitInfo) -> None:
         console.print(f"{plan.repository.where}: nothing to push, the repository has all of it", soft_wrap=True)
     else:
         console.print(f"pushed to {plan.repository.where}: {_counts(plan, done=True)}", soft_wrap=True)
+    _print_no_plots(plan)
     console.print(commit.pr_url or commit.commit_url, soft_wrap=True)
 
 
@@ -63,10 +65,16 @@ def as_plain(plan: PushPlan, commit: CommitInfo | None) -> dict[str, Any]:
         "upload": listed(changes.upload),
         "keep": listed(changes.keep),
         "delete": listed(changes.delete),
+        "no_plots": plan.no_plots,
         "commit": None if commit is None else commit.oid,
         "commit_url": None if commit is None else commit.commit_url,
         "pr_url": None if commit is None else commit.pr_url,
     }
+
+
+def _print_no_plots(plan: PushPlan) -> None:
+    if plan.request.plots and plan.no_plots is not None:
+        terminal.output().print(Text(f"no plots on the card: {plan.no_plots}", "dim"), soft_wrap=True)
 
 
 def _counts(plan: PushPlan, *, done: bool = False) -> str:
