@@ -2,76 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-import random
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 import tallstore
 from tallstore.errors import TallstoreError
-from tests.faults.bundles import Weights, large_inputs, load, protected_files, same, small_inputs
+from tests.faults.bundles import large_inputs, load, same, small_inputs
+from tests.faults.specimens import Specimen, chance, flipped, specimen
 
 MANIFEST = "tallstore.json"
 OF_A_LOAD = ("tallstore.json", "base.json", "base/", "groups/", "tasks/")  # files that loading every task reads
-
-
-@dataclass(frozen=True)
-class Specimen:
-    """A sound bundle.
-
-    Attributes:
-        path: the bundle.
-        base: what loading it needs; None where the base is embedded.
-        weights: of every task.
-        content: the bytes of every file that may not change, by its path in the bundle.
-        turns: at most how many bytes of a file the ordinary run looks at; more than its files have is all of them.
-    """
-
-    path: Path
-    base: Path | None
-    weights: Weights
-    content: Mapping[str, bytes]
-    turns: int
-
-    def positions(self, path: str) -> range:
-        """The bytes of a file that the ordinary run looks at."""
-        nbytes = len(self.content[path])
-        return range(0, nbytes, math.ceil(nbytes / self.turns))
-
-    @contextlib.contextmanager
-    def changed(self, contents: Mapping[str, bytes]) -> Iterator[None]:
-        """Other contents in the files at these paths, until the block ends."""
-        try:
-            for path, content in contents.items():
-                self._write(path, content)
-            yield
-        finally:
-            for path in contents:
-                self._write(path, self.content[path])
-
-    def _write(self, path: str, content: bytes) -> None:
-        file = self.path / path
-        if not file.exists() or file.stat().st_size != len(content):
-            file.write_bytes(content)
-            return
-        with file.open(
-            "r+b"
-        ) as opened:  # file systems flush what is truncated and written anew: a thousand times slower
-            opened.write(content)
-
-
-def specimen(root: Path, inputs: tuple[Path, Mapping[str, Path]], turns: int, **options: Any) -> Specimen:
-    path = root / "bundle"
-    tallstore.pack(*inputs, path, **options)
-    assert tallstore.verify(path) == []
-    content = {file.relative_to(path).as_posix(): file.read_bytes() for file in protected_files(path)}
-    base = None if any(file.startswith("base/") for file in content) else inputs[0]
-    return Specimen(path, base, load(path, base), content, turns)
 
 
 @pytest.fixture(scope="module", params=["tall", "signed"])
@@ -89,17 +28,6 @@ def large(tmp_path_factory):
     """A bundle of a few MB, whose tensors have more than one chunk."""
     root = tmp_path_factory.mktemp("large")
     return specimen(root, large_inputs(root, tensors=2, numel=(1 << 20) + 1024), 0, method=tallstore.TallMask())
-
-
-def chance(seed: int) -> random.Random:
-    """Chance that is the same in every run."""
-    return random.Random(seed)  # noqa: S311 - nothing is kept secret by it
-
-
-def flipped(content: bytes, position: int, generator: random.Random) -> bytes:
-    """*content* with one bit of the byte at *position* changed: the least that can happen to it."""
-    byte = content[position] ^ (1 << generator.randrange(8))
-    return content[:position] + bytes([byte]) + content[position + 1 :]
 
 
 def is_refused_or_the_same(bundle: Specimen) -> bool:
