@@ -137,9 +137,13 @@ JSON_FILES = {
     "json-3-sha256": anywhere("capital digits", manifest("files", BASE_JSON, "sha256", value="F" * 64)),
     "json-3-slug": anywhere("a capital in a slug", manifest("tasks", 0, "slug", value="Mnist")),
     "json-3-group": anywhere("a short group id", manifest("groups", 0, "id", value="g1")),
+    "json-3-group-zero-in-front": anywhere(
+        "a group's five digits begin with 0", manifest("groups", 0, "id", value="g00001")
+    ),
+    "json-3-group-long": anywhere("a group's eight digits", manifest("groups", 0, "id", value="g10000000")),
     "json-3-next-group-missing": anywhere("no next group", manifest("next_group", value=REMOVE)),
     "json-3-next-group-zero": anywhere("a next group of 0", manifest("next_group", value=0)),
-    "json-3-next-group-large": anywhere("a next group beyond 10,000", manifest("next_group", value=10_001)),
+    "json-3-next-group-large": anywhere("a next group beyond 10,000,000", manifest("next_group", value=10_000_001)),
     "json-3-next-group-text": anywhere("an id for the next group's number", manifest("next_group", value="g0002")),
     "json-3-revision": anywhere("a branch for a commit", manifest("base", "revision", value="main")),
     "json-3-task-name": anywhere("a control character", manifest("tasks", 0, "name", value="a\nb")),

@@ -22,16 +22,17 @@ _OWN_DIRECTORIES = frozenset({BASE_DIRECTORY, "groups", "tasks", "files"})
 _DEVICE = r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])"
 _SLUG = rf"(?!{_DEVICE}(?:/|$))[a-z0-9][a-z0-9_-]{{0,63}}"
 _SEGMENT = rf"(?!(?i:{_DEVICE})(?:\.|$))[A-Za-z0-9_][A-Za-z0-9._-]{{0,127}}(?<!\.)"
+_GROUP = r"g(?:[0-9]{4}|[1-9][0-9]{4,6})"
 _SHARD = r"[0-9]{5}-of-[0-9]{5}\.safetensors"
 
 _MAX_SLUG = 64
-_ENDS_WITH_GROUP = re.compile(r"-g[0-9]{4}$")
+_ENDS_WITH_GROUP = re.compile(rf"-{_GROUP}$")
 _SLUG_PATTERN = re.compile(_SLUG)
 _SEGMENT_PATTERN = re.compile(_SEGMENT)
 _PATH_PATTERN = re.compile(
     rf"tasks/{_SLUG}/(?:task\.json|(?:mask|private)-{_SHARD})"
     r"|files/[0-9a-f]{64}"
-    rf"|groups/g[0-9]{{4}}/(?:group\.json|merged-{_SHARD})"
+    rf"|groups/{_GROUP}/(?:group\.json|merged-{_SHARD})"
     rf"|{BASE_DIRECTORY}/{_SEGMENT}"
     rf"|{re.escape(BASE_TABLE)}"
 )

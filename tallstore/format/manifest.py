@@ -16,7 +16,8 @@ from tallstore.format.dtypes import Dtype
 FORMAT_VERSION = "1.0-draft"
 
 MAX_TASKS = 100_000
-MAX_GROUPS = 9_999
+MAX_GROUPS = 100_000
+MAX_GROUP_NUMBER = 9_999_999
 MAX_TENSORS = 1_000_000
 MAX_SHARDS = 99_999
 MAX_NUMEL = 1 << 40
@@ -30,8 +31,8 @@ Natural = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 TaskName = Annotated[str, Meta(min_length=1, max_length=256, pattern=rf"^[^{_CONTROL}]*$(?!\n)")]
 TensorName = Annotated[str, Meta(min_length=1, max_length=1024, pattern=rf"^[^{_CONTROL}]*$(?!\n)")]
 Slug = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$(?!\n)")]
-GroupId = Annotated[str, Meta(pattern=r"^g[0-9]{4}$(?!\n)")]
-NextGroup = Annotated[int, Meta(ge=1, le=MAX_GROUPS + 1)]
+GroupId = Annotated[str, Meta(pattern=r"^g([0-9]{4}|[1-9][0-9]{4,6})$(?!\n)")]
+NextGroup = Annotated[int, Meta(ge=1, le=MAX_GROUP_NUMBER + 1)]
 RepoId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,96}(/[A-Za-z0-9_.-]{1,96})?$(?!\n)")]
 Shape = Annotated[tuple[Natural, ...], Meta(max_length=16)]
 RowAxes = Natural

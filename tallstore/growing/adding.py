@@ -16,7 +16,7 @@ from tallstore.checkpoints import Checkpoint, CheckpointSource
 from tallstore.errors import OutputError, OutputExistsError
 from tallstore.fit import Method, SignedMask, Uniform
 from tallstore.format import layout
-from tallstore.format.manifest import MAX_GROUPS, BaseTable, Manifest
+from tallstore.format.manifest import MAX_GROUP_NUMBER, BaseTable, Manifest
 from tallstore.format.parsing import parse_manifest
 from tallstore.growing.change import Change, changing, trying
 from tallstore.growing.described_base import describe
@@ -160,9 +160,9 @@ def pack_group(
         TallstoreError: as `add`.
     """
     before = change.manifest
-    if before.next_group > MAX_GROUPS:
+    if before.next_group > MAX_GROUP_NUMBER:
         raise OutputError(
-            f"{change.root}: has had {MAX_GROUPS:,} groups, and cannot have another; pack its tasks into a new bundle"
+            f"{change.root}: has had {MAX_GROUP_NUMBER:,} groups, and cannot have another; pack its tasks into a new bundle"
         )
     named = named_companions(change.bundle, gone)
     # A caller's inference mode is not its threads', and tensors that it makes may not be written to outside of it.

@@ -24,6 +24,8 @@ ACCEPTED = [
     "base/com10",
     "groups/g0001/group.json",
     "groups/g9999/merged-00001-of-00002.safetensors",
+    "groups/g10000/group.json",
+    "groups/g9999999/group.json",
     "tasks/mnist/task.json",
     "tasks/0-a_b/mask-00001-of-00001.safetensors",
     "tasks/com10/private-99999-of-99999.safetensors",
