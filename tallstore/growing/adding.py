@@ -162,7 +162,7 @@ def pack_group(
     before = change.manifest
     if before.next_group > MAX_GROUP_NUMBER:
         raise OutputError(
-            f"{change.root}: has had {MAX_GROUP_NUMBER:,} groups, and cannot have another; pack its tasks into a new bundle"
+            f"{change.root}: has had {MAX_GROUP_NUMBER:,} groups, and cannot have another; pack its tasks anew"
         )
     named = named_companions(change.bundle, gone)
     # A caller's inference mode is not its threads', and tensors that it makes may not be written to outside of it.
