@@ -298,7 +298,7 @@ def test_a_missing_field_of_a_table_is_named(document, table):
         (("base", "revision"), "main", "$.base.revision"),
         (("base", "embedded"), 1, "$.base.embedded"),
         (("next_group",), 0, "$.next_group"),
-        (("next_group",), 10_001, "$.next_group"),
+        (("next_group",), 10_000_001, "$.next_group"),
         (("next_group",), 2.0, "$.next_group"),
         (("next_group",), True, "$.next_group"),
         (("groups", 0, "id"), "g1", "$.groups[0].id"),
