@@ -97,6 +97,12 @@ def _pieces(parts: tuple[bytes | Path, ...]) -> Iterator[bytes]:
             yield part
 
 
+def sync_file(path: Path) -> None:
+    """Flush a file that somebody else wrote to the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
 def sync_directory(path: Path) -> None:
     """Flush the names in a directory to the disk, where the system can."""
     if os.name != "posix":
