@@ -13,6 +13,7 @@
     │   └── UnknownTensorError
     ├── NotFetchedError             a task of the bundle whose files are not here
     ├── BundleNotFoundError         no bundle at that path, or of that id on the Hub
+    ├── BundleChangedError          the bundle that was opened is another by now
     ├── HubError                    the Hub refuses, or cannot be reached
     │   ├── HubAccessError          no token, or one that may not do that
     │   └── HubConflictError        somebody else pushed in the meantime
@@ -159,6 +160,10 @@ class NotFetchedError(TallstoreError):
 
 class BundleNotFoundError(TallstoreError):
     """There is no bundle at that path, or of that id on the Hub."""
+
+
+class BundleChangedError(TallstoreError):
+    """A file is gone, or another, because the bundle was changed after it was opened; opening it again helps."""
 
 
 class HubError(TallstoreError):

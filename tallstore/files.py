@@ -98,6 +98,12 @@ def _pieces(parts: tuple[bytes | Path, ...]) -> Iterator[bytes]:
             yield part
 
 
+def sync_file(path: Path) -> None:
+    """Flush a file that somebody else wrote to the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
 def _read_piece(file: BinaryIO, path: Path) -> bytes:
     """The next bytes of a file. An error says of which one: as it comes from the system, it could be of an output."""
     try:

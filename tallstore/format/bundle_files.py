@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shlex
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -14,25 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tallstore import forking
-from tallstore.errors import (
-    BundleNotFoundError,
-    FormatError,
-    IntegrityError,
-    NotFetchedError,
-    UnknownTaskError,
-)
+from tallstore.errors import BundleNotFoundError, FormatError, IntegrityError, UnknownTaskError
 from tallstore.format import layout
+from tallstore.format.absence import Absence
 from tallstore.format.manifest import (
     BaseTable,
     CompanionFile,
-    FileEntry,
     GroupTable,
     Role,
     Shard,
     TaskEntry,
     TaskTable,
 )
-from tallstore.format.origin import read_origin
 from tallstore.format.owners import Group, Owner, Task, payloads, table_paths, whole_tensors
 from tallstore.format.parsing import MAX_JSON_NBYTES, Table, is_newer_minor, parse, parse_manifest
 from tallstore.format.payloads import (
@@ -89,6 +81,7 @@ class BundleFiles:
         self.manifest = parse_manifest(raw, layout.MANIFEST)
         refuse(check_manifest(self.manifest))
         self.files = {file.path: file for file in self.manifest.files}
+        self._absence = Absence(root, self.where, self.manifest, raw)
         self._entries = {task.name: task for task in self.manifest.tasks}
         self._groups = Recent[str, Group](_MAX_TABLES)
         self._tasks = Recent[str, Task](_MAX_TABLES)
@@ -190,11 +183,12 @@ class BundleFiles:
         try:
             raw = layout.read_bounded(self.root, path, MAX_JSON_NBYTES)
         except FileNotFoundError:
-            raise self._missing(path) from None
+            raise self._absence.missing(path) from None
         self._nbytes_read.add(len(raw))
-        self._check_size(entry, len(raw))
+        self._absence.check_size(entry, len(raw))
         if hashlib.sha256(raw).hexdigest() != entry.sha256:
-            raise IntegrityError("FILE-2", path, "changed since it was written; fetch the file again")
+            error = IntegrityError("FILE-2", path, "changed since it was written; fetch the file again")
+            raise self._absence.other(error, path)
         return parse(raw, table, path, newer_minor=is_newer_minor(self.manifest))
 
     # --- shards ---
@@ -306,7 +300,7 @@ class BundleFiles:
         try:
             file = LocalFile(layout.resolve(self.root, path), path, self._nbytes_read.add)
         except FileNotFoundError:
-            raise self._missing(path) from None
+            raise self._absence.missing(path) from None
         return self._open_reader(file, path, shard, self._verify)
 
     def _open_far(self, path: str, shard: Shard) -> ShardReader:
@@ -318,8 +312,11 @@ class BundleFiles:
 
     def _open_reader(self, file: RangeFile, path: str, shard: Shard, verify: Verify) -> ShardReader:
         try:
-            self._check_size(self.files[path], file.nbytes)
+            self._absence.check_size(self.files[path], file.nbytes)
             reader = ShardReader(file, shard, verify)
+        except FormatError as error:
+            file.close()
+            raise self._absence.other(error, path) from None
         except BaseException:
             file.close()
             raise
@@ -347,10 +344,10 @@ class BundleFiles:
         self._bring(self._paths[layout.BASE_DIRECTORY])
         for path in self._paths[layout.BASE_DIRECTORY]:
             try:
-                place = layout.resolve(self.root, path)
+                size = layout.resolve(self.root, path).stat().st_size
             except FileNotFoundError:
-                raise self._missing(path) from None
-            self._check_size(self.files[path], place.stat().st_size)
+                raise self._absence.missing(path) from None
+            self._absence.check_size(self.files[path], size)
         return self.root / layout.BASE_DIRECTORY
 
     def companion(self, task: Task, file: CompanionFile) -> Path:
@@ -364,12 +361,10 @@ class BundleFiles:
         self._bring(layout.companion_path(each.sha256) for each in task.table.files)
         try:
             place = layout.resolve(self.root, path)
+            size = place.stat().st_size
         except FileNotFoundError:
-            raise NotFetchedError(
-                f"{self.where}: the file {file.name!r} of task {task.entry.name!r} was not fetched ({path} is not"
-                f" here); {self._advice(task.entry.name)}"
-            ) from None
-        self._check_size(self.files[path], place.stat().st_size)
+            raise self._absence.missing_companion(path, file.name, task.entry.name) from None
+        self._absence.check_size(self.files[path], size)
         return place
 
     def _bring_tables(self, paths: Iterable[str]) -> None:
@@ -386,27 +381,6 @@ class BundleFiles:
         """Have files in their places, if there is where to get them."""
         if self._source is not None:
             self._source.fetch([self.files[path] for path in dict.fromkeys(paths)])
-
-    def _check_size(self, entry: FileEntry, size: int) -> None:
-        if size != entry.size:
-            problem = f"has {size} bytes, the manifest says {entry.size}; fetch the file again"
-            raise IntegrityError("FILE-1", entry.path, problem)
-
-    def _missing(self, path: str) -> Exception:
-        slug = path.split("/")[1] if path.startswith("tasks/") else None
-        name = next((task.name for task in self.manifest.tasks if task.slug == slug), None)
-        if name is None:
-            return FormatError("FILE-4", path, f"is missing from {self.where}; fetch the bundle again")
-        return NotFetchedError(
-            f"{self.where}: task {name!r} was not fetched ({path} is not here); {self._advice(name)}"
-        )
-
-    def _advice(self, task: str) -> str:
-        """How to get what is not here."""
-        origin = read_origin(self.root)
-        if origin is None:
-            return "copy its files from where the bundle came from"
-        return f"tallstore pull {origin.repo_id} --task {shlex.quote(task)} --out {shlex.quote(str(self.root))}"
 
 
 class _Count:

@@ -17,10 +17,11 @@ _REPO_ID: Final = re.compile(r"[A-Za-z0-9_.-]{1,96}/[A-Za-z0-9_.-]{1,96}")
 
 
 class Origin(Struct, frozen=True):
-    """A repository on the Hub, and the commit that was pulled last."""
+    """A repository on the Hub, the commit that was pulled last, and the hash of its manifest in itself."""
 
     repo_id: str
     sha: str
+    manifest_sha256: str
 
 
 def read_origin(root: Path) -> Origin | None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
+from tallstore.errors import FormatError
 from tallstore.format import layout
 from tallstore.format.manifest import Manifest
 
@@ -34,11 +35,13 @@ def sweep(root: Path, manifest: Manifest) -> list[str]:
 def delete(root: Path, paths: Iterable[str]) -> None:
     """Delete files of the bundle at *root*, as far as they are there, and the directories that this leaves empty.
 
+    What a link leads to is nobody's of the bundle, and stays.
+
     Raises:
         OSError: the first refusal of the system; all others have been tried.
     """
     paths = list(paths)
-    refused = [error for path in paths if (error := _refusal(root / path))]
+    refused = [error for path in paths if (error := _refusal(root, path))]
     folders = {parent for path in paths for parent in PurePosixPath(path).parents if parent.parts}
     for folder in sorted(folders, key=lambda folder: -len(folder.parts)):
         with contextlib.suppress(OSError):  # not empty
@@ -47,10 +50,12 @@ def delete(root: Path, paths: Iterable[str]) -> None:
         raise refused[0]
 
 
-def _refusal(path: Path) -> OSError | None:
+def _refusal(root: Path, path: str) -> OSError | None:
     """Delete a file; what the system has against it."""
     try:
-        path.unlink(missing_ok=True)
+        layout.resolve(root, path).unlink()
+    except (FileNotFoundError, NotADirectoryError, FormatError):
+        return None
     except OSError as error:
         return error
     return None

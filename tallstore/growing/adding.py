@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from tallstore import files
 from tallstore.checkpoints import Checkpoint, CheckpointSource
 from tallstore.errors import OutputError, OutputExistsError
 from tallstore.fit import Method, SignedMask, Uniform
@@ -174,10 +175,12 @@ def pack_group(
     options = changed(recipe.options, group=before.next_group, taken=frozenset(task.slug for task in before.tasks))
     work = Work(described, experts.checkpoints, changed(recipe, options=options), inputs, experts.base_names)
     made = change.room / "made"
-    made.mkdir()
+    place = made if change.is_trial else change.root
+    with files.writing(place):
+        made.mkdir()
     table = BaseTable(format="tallstore.base", tensors=tuple(tensors.values()))
     with parallel.threads() as pool:
-        report = work.write(made, made if change.is_trial else change.root, pool, table=table)
+        report = work.write(made, place, pool, table=table)
     after = after_change(before, gone, _manifest(made), named)
     nbytes = change.commit(after, made)
     listed = {file.path for file in before.files}

@@ -30,7 +30,7 @@ class DescribedBase(Checkpoint):
 
     def part(self, names: Iterable[str]) -> DescribedBase:
         """As `Checkpoint.part`."""
-        needed = dict.fromkeys(self.aliases.get(name, name) for name in names)
+        needed = dict.fromkeys(each for name in names for each in (self.aliases.get(name, name), name))
         tensors = {name: self._tensors[name] for name in needed}
         part = self._checkpoint.part(dict.fromkeys(self._names[name] for name in needed))
         return DescribedBase(part, tensors, {name: self._names[name] for name in needed})

@@ -96,7 +96,7 @@ class LocalBundle:
         origin = self.origin()
         if origin is not None and origin.repo_id == repo_id:
             with contextlib.suppress(OSError):  # in a directory that may not be written to, the old commit stays
-                write_file(self.root / ORIGIN, serialise_origin(Origin(repo_id, commit)))
+                write_file(self.root / ORIGIN, serialise_origin(Origin(repo_id, commit, self.manifest.manifest_sha256)))
 
     @cached_property
     def plots(self) -> Sequence[tuple[Plot, bytes]]:

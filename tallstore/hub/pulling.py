@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Final
 
 from tallstore import files
@@ -14,7 +14,6 @@ from tallstore.errors import (
     BundleNotFoundError,
     FormatError,
     OptionError,
-    OutputError,
     OutputExistsError,
     UnsupportedFeatureError,
 )
@@ -24,6 +23,7 @@ from tallstore.format.manifest import FileEntry, Manifest
 from tallstore.format.origin import ORIGIN, Origin, read_origin, serialise_origin
 from tallstore.format.owners import Task
 from tallstore.format.parsing import parse_manifest
+from tallstore.format.sweeping import sweep
 from tallstore.hub import transfer
 from tallstore.hub.ids import parse_hub_id
 from tallstore.hub.pinned import Access
@@ -56,7 +56,8 @@ def pull(
         tasks: their names; all of them by default.
         revision: a branch, a tag or a commit; by default ``main``.
         local_dir: the directory to write, which holds no links. If an earlier pull wrote it, tasks are added, and where
-            the bundle has changed, those that are there are brought up to date. The manifest is written last, when
+            the bundle has changed, those that are there are brought up to date; if you added some to it yourself, that
+            the bundle on the Hub does not have, it is refused. The manifest is written last, when
             everything else is in its place; what was downloaded by a pull that failed is kept beside it, hidden, for
             the next one. None leaves the files in the Hub's cache.
         cache_dir: where the Hub's cache is, if not in its usual place.
@@ -177,6 +178,8 @@ class _Directory:
         origin = read_origin(target)
         if origin is None or origin.repo_id != self._snapshot.repository.repo_id:
             self._refuse_another(before)
+        elif before.manifest_sha256 != origin.manifest_sha256:
+            self._refuse_own_tasks(before)
         return before
 
     def _refuse_another(self, before: Manifest) -> None:
@@ -188,6 +191,20 @@ class _Directory:
                 raise OutputExistsError(
                     f"{self._target}: is another bundle than {self._bundle.where} ({file.path} differs); "
                     "choose another place"
+                )
+        self._refuse_own_tasks(before, but_for_tables=True)
+
+    def _refuse_own_tasks(self, before: Manifest, *, but_for_tables: bool = False) -> None:
+        """Refuse a bundle that was changed here, and has tasks by that which would be lost."""
+        for task in before.tasks:
+            path = layout.task_table(task.slug)
+            now = self._bundle.files.get(path)
+            listed = next(file for file in before.files if file.path == path)
+            is_known = now is not None and (but_for_tables or now.sha256 == listed.sha256)
+            if not is_known and layout.is_here(self._target, path):
+                raise OutputExistsError(
+                    f"{self._target}: has a task {task.name!r} that {self._bundle.where} has not, and would lose it;"
+                    " push the directory first, or choose another place"
                 )
 
     def _kept(self, before: Manifest | None) -> list[str]:
@@ -243,36 +260,17 @@ class _Directory:
             with contextlib.suppress(FileNotFoundError):
                 (self._target / layout.MANIFEST).replace(self._gathered / _ASIDE)
         repository = self._snapshot.repository
-        origin = serialise_origin(Origin(repository.repo_id, repository.sha))
+        manifest = self._bundle.manifest
+        origin = serialise_origin(Origin(repository.repo_id, repository.sha, manifest.manifest_sha256))
         (self._gathered / ORIGIN).parent.mkdir(parents=True, exist_ok=True)
         files.write_file(self._gathered / ORIGIN, origin)
         files.write_file(self._gathered / layout.MANIFEST, self._snapshot.root / layout.MANIFEST)
-        for path in (*(entry.path for entry in needed), ORIGIN, layout.MANIFEST):
-            self._move(path)
-        for path in listed:
-            if path not in self._bundle.files and layout.is_here(self._target, path):
-                self._remove(path)
-
-    def _move(self, path: str) -> None:
-        place = self._target
-        place.mkdir(exist_ok=True)
-        for part in PurePosixPath(path).parent.parts:
-            place /= part
-            if place.is_symlink():
-                raise OutputError(f"{place}: is a link; remove it, or choose another place")
-            place.mkdir(exist_ok=True)
-        source = self._gathered / path
-        with source.open("rb") as file:
-            os.fsync(file.fileno())
-        source.replace(self._target / path)
-        files.sync_directory(place)
-
-    def _remove(self, path: str) -> None:
-        (self._target / path).unlink()
-        for folder in PurePosixPath(path).parents:
-            with contextlib.suppress(OSError):  # not empty
-                if folder.parts:
-                    (self._target / folder).rmdir()
+        self._target.mkdir(exist_ok=True)
+        for entry in needed:
+            files.sync_file(self._gathered / entry.path)
+        files.move_in(self._gathered, self._target, [*(entry.path for entry in needed), ORIGIN])
+        files.move_in(self._gathered, self._target, [layout.MANIFEST])
+        sweep(self._target, manifest)
 
 
 def _is_right(root: Path, entry: FileEntry) -> bool:

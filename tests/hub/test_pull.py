@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -182,6 +183,54 @@ def test_a_bundle_that_changed_is_brought_up_to_date(case, models, tmp_path):
     assert tallstore.verify(case.out) == []
     assert {path.name for path in (case.out / "tasks").iterdir()} == {"task2", "task4"}
     assert digests(case.out, ["task2", "task4"]) == digests(tmp_path / "new", ["task2", "task4"])
+
+
+def test_tasks_that_were_added_here_are_not_lost(case):
+    """A pull would put the Hub's manifest in the place of the one that lists them."""
+    case.pull("directory", tasks=["task1"])
+    tallstore.add(case.out, {"mine": expert_tensors(7)})
+    grown = contents(case.out)
+    for where in ("as it was", "when the Hub has grown too"):
+        found = case.pull("directory", tasks=["task2"])
+        assert found.error == "OutputExistsError", where
+        assert "has a task 'mine' that" in found.problem
+        assert "push the directory first" in found.problem
+        assert contents(case.out) == grown
+        theirs = shutil.copytree(case.bundle, case.out.with_name("theirs"), dirs_exist_ok=True)
+        tallstore.add(theirs, {"mine": expert_tensors(8)})  # under the same paths
+        case.hub.repositories[case.repo_id].push(contents(theirs))
+    case.hub.repositories[case.repo_id].push({**contents(case.bundle), **grown})
+    found = case.pull("directory", tasks=["task2"])
+    assert found.error is None, found.problem
+    assert tallstore.verify(case.out) == []
+    assert digests(case.out, ["mine", "task1", "task2"])
+
+
+def test_tasks_that_were_removed_here_can_be_pulled_again(case):
+    case.pull("directory", tasks=["task1", "task2"])
+    tallstore.remove(case.out, ["task2"])
+    case.pull("directory", tasks=["task2"])
+    assert tallstore.verify(case.out) == []
+    assert digests(case.out, ["task1", "task2"]) == digests(case.bundle, ["task1", "task2"])
+
+
+def test_a_bundle_that_was_pushed_from_here_and_grew_is_not_written_over(case):
+    shutil.copytree(case.bundle, case.out)
+    tallstore.add(case.out, {"mine": expert_tensors(7)})
+    grown = contents(case.out)
+    assert case.pull("directory").error == "OutputExistsError"
+    assert contents(case.out) == grown
+
+
+def test_what_a_change_that_was_broken_off_has_left_goes(case):
+    case.pull("directory", tasks=["task1"])
+    left = [case.out / "groups" / "g0002" / "group.json", case.out / "tasks" / "x-g0002" / "task.json"]
+    for path in left:
+        path.parent.mkdir()
+        path.write_text("{}")
+    case.pull("directory", tasks=["task1"])
+    assert not any(path.parent.exists() for path in left)
+    assert tallstore.verify(case.out) == []
 
 
 def test_another_bundle_is_not_written_over(case, tmp_path):

@@ -22,7 +22,7 @@ from tallstore.format.dtypes import CHUNK_NUMEL
 from tallstore.format.safetensors_header import parse_header
 from tallstore.format.shard_reader import LocalFile, ShardReader
 from tallstore.format.shards import RECORD_NBYTES
-from tallstore.loading import bundle as bundle_module
+from tallstore.loading import pinned_base
 from tests import reference
 from tests.bundle_builder import Bundle, Group, Task
 from tests.reference import same_bits
@@ -391,7 +391,7 @@ def test_a_pinned_base_is_opened_by_its_commit(tmp_path, monkeypatch):
         asked.append((repo_id, revision))
         return open_checkpoint(built.base)
 
-    monkeypatch.setattr(bundle_module, "open_hub_checkpoint", open_hub_checkpoint)
+    monkeypatch.setattr(pinned_base, "open_hub_checkpoint", open_hub_checkpoint)
     assert_same(tallstore.open_bundle(built.seal()).state_dict("Every thing"), expect(built))
     assert asked == [("org/name", None)]
 
