@@ -24,6 +24,7 @@ ROOT: Final = Path(__file__).parents[1]
 SHOWN: Final = (
     "CHANGELOG.md",
     "CONTRIBUTING.md",
+    "SECURITY.md",
     "benchmarks/RESULTS.md",
     "spec/*.md",
     "spec/*.svg",

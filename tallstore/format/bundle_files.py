@@ -41,7 +41,15 @@ from tallstore.format.r13 import in_range, row_scales
 from tallstore.format.recent import Recent
 from tallstore.format.shard_reader import LocalFile, PayloadReader, RangeFile, ShardReader, Verify
 from tallstore.format.source import Source
-from tallstore.format.tables import check_base, check_embedded_base, check_group, check_manifest, check_task, refuse
+from tallstore.format.tables import (
+    check_base,
+    check_base_weights,
+    check_embedded_base,
+    check_group,
+    check_manifest,
+    check_task,
+    refuse,
+)
 
 # A process may hold about a thousand files open, a bundle may have more: the ones used last stay open.
 _MAX_OPEN_SHARDS = 64
@@ -338,9 +346,10 @@ class BundleFiles:
         """The directory of the embedded base, whose files are all here, with their sizes.
 
         Raises:
-            FormatError: MAN-5, FILE-4, FILE-1 or PATH-2.
+            FormatError: MAN-5, BASE-4, FILE-4, FILE-1 or PATH-2.
         """
         refuse(check_embedded_base(self.manifest))
+        refuse(check_base_weights(self.manifest))
         self._bring(self._paths[layout.BASE_DIRECTORY])
         for path in self._paths[layout.BASE_DIRECTORY]:
             try:

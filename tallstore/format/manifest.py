@@ -23,17 +23,21 @@ MAX_SHARDS = 99_999
 MAX_NUMEL = 1 << 40
 
 # Patterns end in `$(?!\n)`: Python's `$` alone also matches before a line feed at the end, ECMAScript's does not.
-_CONTROL = r"\u0000-\u001f\u007f-\u009f"
+# Beside control characters, what breaks a line or turns the writing direction: names must look like what they are.
+CONTROL = r"\u0000-\u001f\u007f-\u009f\u2028-\u202e\u2066-\u2069"
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$(?!\n)")]
 GitOid = Annotated[str, Meta(pattern=r"^[0-9a-f]{40}$(?!\n)")]
 Xxh3 = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}$(?!\n)")]
 Natural = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
-TaskName = Annotated[str, Meta(min_length=1, max_length=256, pattern=rf"^[^{_CONTROL}]*$(?!\n)")]
-TensorName = Annotated[str, Meta(min_length=1, max_length=1024, pattern=rf"^[^{_CONTROL}]*$(?!\n)")]
+TaskName = Annotated[str, Meta(min_length=1, max_length=256, pattern=rf"^[^{CONTROL}]*$(?!\n)")]
+TensorName = Annotated[str, Meta(min_length=1, max_length=1024, pattern=rf"^[^{CONTROL}]*$(?!\n)")]
 Slug = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$(?!\n)")]
 GroupId = Annotated[str, Meta(pattern=r"^g([0-9]{4}|[1-9][0-9]{4,6})$(?!\n)")]
 NextGroup = Annotated[int, Meta(ge=1, le=MAX_GROUP_NUMBER + 1)]
-RepoId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,96}(/[A-Za-z0-9_.-]{1,96})?$(?!\n)")]
+_REPO_PART = "[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
+REPO_ID = rf"(?!.*(?:\.\.|--)){_REPO_PART}(?:/{_REPO_PART})?"
+RepoId = Annotated[str, Meta(pattern=rf"^{REPO_ID}$(?!\n)")]
+Label = Annotated[str, Meta(max_length=256, pattern=rf"^[^{CONTROL}]*$(?!\n)")]
 Shape = Annotated[tuple[Natural, ...], Meta(max_length=16)]
 RowAxes = Natural
 CodedDtype = Literal["F16", "BF16", "F32", "F64"]
@@ -54,7 +58,7 @@ class _Part(Struct, frozen=True, omit_defaults=True):
 class Method(_Part, frozen=True, kw_only=True):
     """How a group was fitted. For people: a reader does not need it."""
 
-    name: str
+    name: Label
     parameters: dict[str, Scalar | list[Scalar]]
 
 
@@ -150,7 +154,7 @@ class Manifest(_Part, frozen=True, kw_only=True):
     format: Literal["tallstore"]
     format_version: str
     manifest_sha256: Sha256
-    generator: str
+    generator: Label
     required_features: tuple[str, ...]
     base: BasePin
     next_group: NextGroup

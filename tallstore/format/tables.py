@@ -97,6 +97,14 @@ def check_manifest(manifest: Manifest) -> Problems:
         yield from _check_file(file)
 
 
+def check_base_weights(manifest: Manifest) -> Problems:
+    """BASE-4: the embedded base is of safetensors files, whatever else lies in its directory."""
+    single = f"{layout.BASE_DIRECTORY}/model.safetensors"
+    if not {single, f"{single}.index.json"} & {file.path for file in manifest.files}:
+        problem = "has neither model.safetensors nor model.safetensors.index.json"
+        yield FormatError("BASE-4", layout.BASE_DIRECTORY, problem)
+
+
 def check_embedded_base(manifest: Manifest) -> Problems:
     """MAN-5: a base that is embedded has files; who brings a base of their own needs none."""
     directory = f"{layout.BASE_DIRECTORY}/"

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from tallstore.checkpoints import Checkpoint, CheckpointSource, HubRef, open_checkpoint
 from tallstore.errors import InputError, OptionError, TooFewExpertsError
 from tallstore.fit import Method, TallMask
-from tallstore.format.manifest import SharedDtype
+from tallstore.format.manifest import REPO_ID, SharedDtype
 from tallstore.packing.plan import is_text
 from tallstore.packing.stack import is_merged
 
@@ -67,7 +67,7 @@ def reference(base_ref: str | None) -> HubRef | None:
     """The pin that the user gave."""
     if base_ref is None:
         return None
-    found = re.fullmatch(r"([A-Za-z0-9_.-]+(?:/[A-Za-z0-9_.-]+)?)@([0-9a-f]{40})", base_ref)
+    found = re.fullmatch(rf"({REPO_ID})@([0-9a-f]{{40}})", base_ref)
     if found is None:
         raise OptionError(f"base_ref: {base_ref!r} is no pin; give 'org/name@' and the 40 digits of a commit")
     return HubRef(found[1], found[2])

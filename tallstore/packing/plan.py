@@ -13,6 +13,7 @@ from types import MappingProxyType
 from tallstore.checkpoints import Checkpoint
 from tallstore.errors import InputError, NameMismatchError, OptionError
 from tallstore.format.dtypes import CODED, TensorSpec
+from tallstore.format.manifest import CONTROL
 
 SMALLEST_CODED_NUMEL = 4096  # below it a code saves next to nothing, and its few numbers degenerate
 
@@ -163,7 +164,7 @@ def _check_storable(checkpoint: Checkpoint, where: str) -> None:
 
 def is_text(name: str) -> bool:
     """Whether *name* has neither control characters nor halves of surrogate pairs."""
-    return re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", name) is None
+    return re.search(rf"[{CONTROL}\ud800-\udfff]", name) is None
 
 
 def _prefix_hint(expert_names: Sequence[str], base_names: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ import json
 import pickle
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -177,11 +178,13 @@ class _Trap:
         return open, (self.path, "w")
 
 
-def test_a_base_is_of_the_hub_whatever_it_is_called(process, repository, tmp_path, monkeypatch):
-    reseal(repository, base=lambda _: {"repo_id": "../secret", "revision": None, "embedded": False})
+def test_a_base_is_of_the_hub_whatever_it_is_called(process, repository, tmp_path):
+    """The id is also the path of a directory, from where the process runs."""
+    assert Path("tests/hub").is_dir()
+    reseal(repository, base=lambda _: {"repo_id": "tests/hub", "revision": None, "embedded": False})
     found = call(process, digests, repository.id, ["task1"], cache_dir=tmp_path)
     assert found.error == "BaseMissingError"
-    assert "no valid id" in found.problem
+    assert "no such model on the Hub" in found.problem
 
 
 def test_a_directory_with_a_link_in_it_is_not_written_through(process, repository, tmp_path):
