@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,14 +66,15 @@ class Specimen:
         with file.open("r+b") as opened:
             opened.write(content)
 
-    def outcomes(self) -> dict[str, str]:
+    def outcomes(self, tasks: Iterable[str] | None = None) -> dict[str, str]:
         """What loading each task comes to: "refused", by a typed error, or "the same"; never other weights."""
+        tasks = self.weights if tasks is None else tasks
         try:
             opened = tallstore.open_bundle(self.path, base=self.base)
         except TallstoreError:
-            return dict.fromkeys(self.weights, "refused")
+            return dict.fromkeys(tasks, "refused")
         with opened:
-            return {task: self.outcome(opened, task) for task in self.weights}
+            return {task: self.outcome(opened, task) for task in tasks}
 
     def outcome(self, bundle: tallstore.Bundle, task: str) -> str:
         """The same, of one task."""

@@ -54,6 +54,7 @@ def decoder(request, monkeypatch):
         pytest.importorskip("llvmlite")
     monkeypatch.setenv("TALLSTORE_COMPILE", "1" if request.param == "compiled" else "0")
     monkeypatch.setattr(expert_module, "kernels", Kernels())
+    return request.param
 
 
 def regions(bundle: Specimen) -> list[Region]:
@@ -105,14 +106,17 @@ def test_every_use_of_bytes_is_there(kind):
 def test_a_changed_byte_is_refused_by_the_loads_that_read_it_and_by_no_other(kind, decoder, every, count):
     """And where no load reads it, that is where it cannot matter: `verify` says so nevertheless (below)."""
     generator, table = chance(30), Outcomes()
+    count = count if decoder == "torch" else min(count, 5)
     for region, tasks in list(readers(kind).items())[::every]:
         for position in positions(region, count):
+            # Tasks that read nothing of it come back every time in the ordinary run, now and then in the long one.
+            wanted = kind.weights if every > 1 or not tasks or not position % 8 else tasks
             with kind.changed({region.path: flipped(kind.content[region.path], position, generator)}):
-                found = kind.outcomes()
+                found = kind.outcomes(wanted)
             if region.use in OF_THE_BASE:  # the weights are the same, or it was refused: no third outcome
                 table.add(region.use, "refused" if "refused" in found.values() else "read, the same weights")
                 continue
-            due = {task: "refused" if task in tasks else "the same" for task in kind.weights}
+            due = {task: "refused" if task in tasks else "the same" for task in wanted}
             assert found == due, (region, position)
             if not tasks:
                 assert region.use in REASONS, region
