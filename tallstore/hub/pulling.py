@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Final
 
 from tallstore import files
@@ -14,7 +15,6 @@ from tallstore.errors import (
     BundleNotFoundError,
     FormatError,
     OptionError,
-    OutputError,
     OutputExistsError,
     UnsupportedFeatureError,
 )
@@ -23,7 +23,7 @@ from tallstore.format.bundle_files import BundleFiles
 from tallstore.format.manifest import FileEntry, Manifest
 from tallstore.format.origin import ORIGIN, Origin, read_origin, serialise_origin
 from tallstore.format.owners import Task
-from tallstore.format.parsing import parse_manifest
+from tallstore.format.sweeping import sweep
 from tallstore.hub import transfer
 from tallstore.hub.ids import parse_hub_id
 from tallstore.hub.pinned import Access
@@ -137,7 +137,7 @@ def _tables(bundle: BundleFiles, names: Sequence[str]) -> tuple[list[Task], Unsu
 
 # --- a directory ------------------------------------------------------------------------------------------------------
 
-_ASIDE: Final = "before.json"  # among what is gathered: the manifest of a bundle that is being renewed
+_WHOLE: Final = ".whole"  # among what is gathered: the directory as it will be
 
 
 class _Directory:
@@ -167,9 +167,6 @@ class _Directory:
         if target.exists() and not target.is_dir():
             raise OutputExistsError(f"{target}: is a file; choose another place")
         if not (target / layout.MANIFEST).exists():
-            aside = self._gathered / _ASIDE
-            if aside.exists():  # a renewal was broken off
-                return parse_manifest(aside.read_bytes(), layout.MANIFEST)
             if target.exists() and any(target.iterdir()):
                 raise OutputExistsError(f"{target}: holds what no pull wrote; choose another place")
             return None
@@ -237,42 +234,45 @@ class _Directory:
 
     def _move_in(self, needed: Sequence[FileEntry], before: Manifest | None) -> None:
         """Move what was gathered; the manifest last, for it says that everything else is there."""
-        listed = {} if before is None else {file.path: file.sha256 for file in before.files}
-        if any(listed.get(entry.path, entry.sha256) != entry.sha256 for entry in needed):
-            # Files are about to be others than the old manifest says: until the new one is there, there is none.
-            with contextlib.suppress(FileNotFoundError):
-                (self._target / layout.MANIFEST).replace(self._gathered / _ASIDE)
         repository = self._snapshot.repository
         origin = serialise_origin(Origin(repository.repo_id, repository.sha))
         (self._gathered / ORIGIN).parent.mkdir(parents=True, exist_ok=True)
         files.write_file(self._gathered / ORIGIN, origin)
         files.write_file(self._gathered / layout.MANIFEST, self._snapshot.root / layout.MANIFEST)
-        for path in (*(entry.path for entry in needed), ORIGIN, layout.MANIFEST):
-            self._move(path)
-        for path in listed:
-            if path not in self._bundle.files and layout.is_here(self._target, path):
-                self._remove(path)
+        paths = [*(entry.path for entry in needed), ORIGIN]
+        for path in paths:
+            with (self._gathered / path).open("rb") as file:
+                os.fsync(file.fileno())
+        listed = {} if before is None else {file.path: file.sha256 for file in before.files}
+        if before is None or any(listed.get(entry.path, entry.sha256) != entry.sha256 for entry in needed):
+            self._replace([*paths, layout.MANIFEST])
+        else:
+            files.move_in(self._gathered, self._target, paths)
+            files.move_in(self._gathered, self._target, [layout.MANIFEST])
+            sweep(self._target, self._bundle.manifest)
 
-    def _move(self, path: str) -> None:
-        place = self._target
-        place.mkdir(exist_ok=True)
-        for part in PurePosixPath(path).parent.parts:
-            place /= part
-            if place.is_symlink():
-                raise OutputError(f"{place}: is a link; remove it, or choose another place")
-            place.mkdir(exist_ok=True)
-        source = self._gathered / path
-        with source.open("rb") as file:
-            os.fsync(file.fileno())
-        source.replace(self._target / path)
-        files.sync_directory(place)
+    def _replace(self, paths: Sequence[str]) -> None:
+        """Replace the directory in one step: there is none, or files in it are to be others than its manifest says.
 
-    def _remove(self, path: str) -> None:
-        (self._target / path).unlink()
-        for folder in PurePosixPath(path).parents:
-            with contextlib.suppress(OSError):  # not empty
-                if folder.parts:
-                    (self._target / folder).rmdir()
+        What is the user's own is in the new one as it was: linked, so that nothing is copied.
+        """
+        whole = self._gathered / _WHOLE
+        shutil.rmtree(whole, ignore_errors=True)  # of a pull that was killed
+        if self._target.exists():
+            shutil.copytree(self._target, whole, symlinks=True, copy_function=_link_or_copy)
+        else:
+            whole.mkdir()
+        files.move_in(self._gathered, whole, paths)
+        sweep(whole, self._bundle.manifest)
+        files.replace_directory(whole, self._target)
+
+
+def _link_or_copy(source: str, destination: str) -> None:
+    """Have the file *source* under a second name; a copy of it where the file system has no links."""
+    try:
+        os.link(source, destination, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, destination, follow_symlinks=False)
 
 
 def _is_right(root: Path, entry: FileEntry) -> bool:

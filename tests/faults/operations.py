@@ -129,9 +129,10 @@ class Operation:
         before = set() if self.before is None else set(everything(self.before))
         return set(everything(self.place)) <= before | set(self._end["all"])
 
-    def is_done(self) -> bool:
-        """Whether all is as after an operation that nothing disturbed, hidden files and empty directories too."""
-        return everything(self.place) == self._end["all"]
+    def undone(self) -> list[str]:
+        """What is not as after an operation that nothing disturbed, hidden files and empty directories too."""
+        found, due = everything(self.place), self._end["all"]
+        return sorted(str(path) for path in found.keys() | due.keys() if found.get(path) != due.get(path))
 
     def _look(self, target: str) -> Digests | None:
         place = self.place / target

@@ -43,7 +43,7 @@ class Faulty:
         return self._process.submit(_outcome, call, (*conditions, armed)).result(timeout=120)
 
     def calls(self, call: Call, conditions: tuple[Call, ...], root: Path, how: int = FAIL) -> list[str]:
-        """The names of its system calls on what is under *root*; of those only that can be SHORT, where that is *how*."""
+        """The names of its system calls on what is under *root*; where *how* is SHORT, of those that can be."""
         report = root.parent / f"{root.name}.calls"
         armed = functools.partial(_arm, str(root), -1, 0, how)
         outcome = self._process.submit(_outcome, functools.partial(_recording, call, report), (*conditions, armed))

@@ -68,7 +68,7 @@ def test_a_full_disk_is_one_typed_error_and_leaves_nothing(operate, name, next_l
         assert operation.is_sound(), f"{limit} bytes"
         assert operation.is_clean() or operation.keeps, f"{limit} bytes"
         limit, refused = next_limit(limit), refused + 1
-    assert operation.is_done()
+    assert operation.undone() == []
     assert refused > 1
 
 
@@ -172,7 +172,7 @@ def test_a_directory_that_is_read_only_is_one_typed_error(operate, read_only, na
     for folder in (operation.place, *operation.place.rglob("*")):
         folder.chmod(folder.stat().st_mode | stat.S_IWUSR)
     assert operation.run(obeying_permissions).error is None
-    assert operation.is_done()
+    assert operation.undone() == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="root obeys no permissions")
@@ -193,7 +193,7 @@ def test_a_target_that_is_read_only_is_one_typed_error(operate, read_only, name)
     for folder in (target, *target.rglob("*")):
         folder.chmod(folder.stat().st_mode | stat.S_IWUSR)
     assert operation.run(obeying_permissions).error is None
-    assert operation.is_done()
+    assert operation.undone() == []
 
 
 # --- calls of the system that fail ------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ def faulty(tmp_path_factory):
 def judge(operation: Operation, outcome: Outcome, moment: str, *named: object) -> None:
     """Either it was of no consequence, or it was told in one line, and nothing has changed."""
     if outcome.error is None:
-        assert operation.is_done(), moment
+        assert operation.undone() == [], moment
         return
     assert is_one_line_of(outcome, *named), f"{moment}: {outcome.error}"
     assert operation.is_sound(), moment
@@ -232,7 +232,7 @@ def test_a_write_that_fails_is_one_typed_error(operate, faulty, name, choose):
         judge(operation, outcome, moment, operation.place, "user/experts")
         assert outcome.error is None or operation.is_clean() or operation.keeps, moment
     assert operation.run().error is None
-    assert operation.is_done()
+    assert operation.undone() == []
 
 
 @pytest.mark.parametrize("choose", [few, pytest.param(all_of, marks=ALL)])
@@ -265,14 +265,14 @@ def test_reads_and_writes_that_come_in_parts_are_of_no_consequence(specimens, op
             operation.begin()
             outcome = faulty.run(operation.call, operation.conditions, root, at=at, how=SHORT, number=0)
             assert outcome.error is None, f"call {at} of {len(calls)}, {calls[at]}: {outcome.error}"
-            assert operation.is_done(), f"call {at} of {len(calls)}, {calls[at]}"
+            assert operation.undone() == [], f"call {at} of {len(calls)}, {calls[at]}"
 
 
 @pytest.mark.parametrize(("how", "number"), [(FAIL_FROM, errno.EIO), (SIGNAL, signal.SIGKILL)])
 @pytest.mark.parametrize("choose", [few, pytest.param(all_of, marks=ALL)])
 @pytest.mark.parametrize("name", operations.NAMES)
-def test_a_disk_that_goes_away_for_good(operate, faulty, name, choose, how, number):
-    """From some call on nothing works, or the process is killed just before it: what is left, the next run cleans up."""
+def test_a_disk_that_goes_away_for_good(operate, faulty, name, choose, how, number):  # noqa: PLR0917 - as pytest calls it
+    """From some call on nothing works, or the process is killed just before it; the next run cleans up what is left."""
     operation = operate(name)
     operation.learn()
     operation.begin()
@@ -287,7 +287,7 @@ def test_a_disk_that_goes_away_for_good(operate, faulty, name, choose, how, numb
             assert is_one_line_of(outcome, operation.place, "user/experts"), f"{moment}: {outcome.error}"
         assert operation.is_sound(), moment
         assert operation.run().error is None, moment
-        assert operation.is_done(), moment
+        assert operation.undone() == [], moment
 
 
 # --- other refusals ---------------------------------------------------------------------------------------------------
