@@ -155,23 +155,20 @@ def staged_directory(target: Path) -> Iterator[Path]:
         OutputError: the directory cannot be made, or not be put in its place.
     """
     target = Path(os.path.realpath(target))
-    parent = target.parent
     staging = _staging(target)
-    made = _absent(parent)
+    made = _absent(target.parent)
     lock = None
     try:
         lock = _hold(staging, target)
         with writing(target):
             _take_back(target)
+            _refuse_read_only(target)
             _clear(staging)
             _sign(staging)
         yield staging
         with writing(target):
             (staging / _HOLDER).unlink()
-            for directory, _, _ in os.walk(staging):
-                sync_directory(Path(directory))
-            _put_in_place(staging, target)
-            sync_directory(parent)
+            replace_directory(staging, target)
     except BaseException:
         _remove(staging, lock)
         _remove_empty(made)
@@ -199,6 +196,7 @@ def gathered_files(target: Path) -> Iterator[Path]:
     try:
         lock, is_ours = _hold(staging, target), True
         with writing(target):
+            _take_back(target)
             _sign(staging)
         yield staging
         _remove(staging, lock)
@@ -387,6 +385,31 @@ def _clear(staging: Path) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink()
+
+
+def _refuse_read_only(target: Path) -> None:
+    """Refuse to replace a directory that could not be removed then.
+
+    Raises:
+        OutputError: it, or one in it, may not be written to.
+    """
+    for directory, _, _ in os.walk(target):
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise OutputError(f"{target}: may not be written to (see {directory}); allow that, or choose another place")
+
+
+def replace_directory(staged: Path, target: Path) -> None:
+    """Put a directory in the place of *target*, which is removed, in one step. Who calls it keeps other writers away.
+
+    Raises:
+        OutputError: *target* is read-only.
+        OSError: the system refuses.
+    """
+    _refuse_read_only(target)
+    for directory, _, _ in os.walk(staged):
+        sync_directory(Path(directory))
+    _put_in_place(staged, target)
+    sync_directory(target.parent)
 
 
 def _put_in_place(staging: Path, target: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
@@ -22,7 +23,6 @@ from tallstore.format.bundle_files import BundleFiles
 from tallstore.format.manifest import FileEntry, Manifest
 from tallstore.format.origin import ORIGIN, Origin, read_origin, serialise_origin
 from tallstore.format.owners import Task
-from tallstore.format.parsing import parse_manifest
 from tallstore.format.sweeping import sweep
 from tallstore.hub import transfer
 from tallstore.hub.ids import parse_hub_id
@@ -138,7 +138,7 @@ def _tables(bundle: BundleFiles, names: Sequence[str]) -> tuple[list[Task], Unsu
 
 # --- a directory ------------------------------------------------------------------------------------------------------
 
-_ASIDE: Final = "before.json"  # among what is gathered: the manifest of a bundle that is being renewed
+_WHOLE: Final = ".whole"  # among what is gathered: the directory as it will be
 
 
 class _Directory:
@@ -168,9 +168,6 @@ class _Directory:
         if target.exists() and not target.is_dir():
             raise OutputExistsError(f"{target}: is a file; choose another place")
         if not (target / layout.MANIFEST).exists():
-            aside = self._gathered / _ASIDE
-            if aside.exists():  # a renewal was broken off
-                return parse_manifest(aside.read_bytes(), layout.MANIFEST)
             if target.exists() and any(target.iterdir()):
                 raise OutputExistsError(f"{target}: holds what no pull wrote; choose another place")
             return None
@@ -254,23 +251,45 @@ class _Directory:
 
     def _move_in(self, needed: Sequence[FileEntry], before: Manifest | None) -> None:
         """Move what was gathered; the manifest last, for it says that everything else is there."""
-        listed = {} if before is None else {file.path: file.sha256 for file in before.files}
-        if any(listed.get(entry.path, entry.sha256) != entry.sha256 for entry in needed):
-            # Files are about to be others than the old manifest says: until the new one is there, there is none.
-            with contextlib.suppress(FileNotFoundError):
-                (self._target / layout.MANIFEST).replace(self._gathered / _ASIDE)
         repository = self._snapshot.repository
         manifest = self._bundle.manifest
         origin = serialise_origin(Origin(repository.repo_id, repository.sha, manifest.manifest_sha256))
         (self._gathered / ORIGIN).parent.mkdir(parents=True, exist_ok=True)
         files.write_file(self._gathered / ORIGIN, origin)
         files.write_file(self._gathered / layout.MANIFEST, self._snapshot.root / layout.MANIFEST)
-        self._target.mkdir(exist_ok=True)
-        for entry in needed:
-            files.sync_file(self._gathered / entry.path)
-        files.move_in(self._gathered, self._target, [*(entry.path for entry in needed), ORIGIN])
-        files.move_in(self._gathered, self._target, [layout.MANIFEST])
-        sweep(self._target, manifest)
+        paths = [*(entry.path for entry in needed), ORIGIN]
+        for path in paths:
+            files.sync_file(self._gathered / path)
+        listed = {} if before is None else {file.path: file.sha256 for file in before.files}
+        if before is None or any(listed.get(entry.path, entry.sha256) != entry.sha256 for entry in needed):
+            self._replace([*paths, layout.MANIFEST])
+        else:
+            files.move_in(self._gathered, self._target, paths)
+            files.move_in(self._gathered, self._target, [layout.MANIFEST])
+            sweep(self._target, manifest)
+
+    def _replace(self, paths: Sequence[str]) -> None:
+        """Replace the directory in one step: there is none, or files in it are to be others than its manifest says.
+
+        What is the user's own is in the new one as it was: linked, so that nothing is copied.
+        """
+        whole = self._gathered / _WHOLE
+        shutil.rmtree(whole, ignore_errors=True)  # of a pull that was killed
+        if self._target.exists():
+            shutil.copytree(self._target, whole, symlinks=True, copy_function=_link_or_copy)
+        else:
+            whole.mkdir()
+        files.move_in(self._gathered, whole, paths)
+        sweep(whole, self._bundle.manifest)
+        files.replace_directory(whole, self._target)
+
+
+def _link_or_copy(source: str, destination: str) -> None:
+    """Have the file *source* under a second name; a copy of it where the file system has no links."""
+    try:
+        os.link(source, destination, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, destination, follow_symlinks=False)
 
 
 def _is_right(root: Path, entry: FileEntry) -> bool:

@@ -12,6 +12,7 @@ from tallstore.format import layout
 from tallstore.format.manifest import FileEntry
 from tallstore.hub import transfer
 from tallstore.hub.ids import HubId, on_hub
+from tallstore.hub.leftovers import remove_leftovers
 from tallstore.hub.pinned import Access, PinnedRepository, discard, pin
 from tallstore.meter import Progress
 
@@ -106,7 +107,7 @@ def find(source: str, access: Access | None = None) -> tuple[Path, str | None]:
 def open_snapshot(
     hub_id: HubId, access: Access | None = None, revision: str | None = None, max_workers: int = transfer.MAX_WORKERS
 ) -> Snapshot:
-    """Pin a repository to a commit, and have its manifest.
+    """Pin a repository to a commit, and have its manifest; what killed downloads left of it in the cache is removed.
 
     Args:
         hub_id: the repository's.
@@ -121,4 +122,5 @@ def open_snapshot(
     if revision is not None and hub_id.revision is not None and revision != hub_id.revision:
         raise OptionError(f"revision is {revision!r}, and {str(hub_id)!r} names another; give one of them")
     repository, root = pin(hub_id.repo_id, revision or hub_id.revision, access or Access())
+    remove_leftovers(root)
     return Snapshot(repository, root, max_workers)

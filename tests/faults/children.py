@@ -1,4 +1,4 @@
-"""Packs in processes of their own, to be killed, interrupted and starved. They start in milliseconds."""
+"""Operations in processes of their own, to be killed, interrupted and starved. They start in milliseconds."""
 
 from __future__ import annotations
 
@@ -8,41 +8,26 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any
 
-import tallstore
 from tallstore import files
 
+Call = Callable[[], object]  # a function of a module, or a partial of one: it goes to the child by pickle
+
+_PRELOADED = ["tallstore.packing", "tallstore.exporting", "tallstore.hub.reporting", "tallstore.hub.pulling"]
 _CONTEXT = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
 if os.name == "posix":
-    _CONTEXT.set_forkserver_preload(["tallstore.packing", "tallstore.verifying", __name__])
+    _CONTEXT.set_forkserver_preload(
+        [*_PRELOADED, "tallstore.verifying", "huggingface_hub.hf_api", "matplotlib.figure", __name__]
+    )
 
 _PATIENCE = 120  # seconds; a child that takes longer hangs
 _TOUCHES_FILES = ("open", "os.", "shutil.", "fcntl.", "ctypes.")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One call of `pack`.
-
-    Attributes:
-        base, experts, out: as `pack` takes them.
-        options: its other arguments.
-    """
-
-    base: Path
-    experts: Mapping[str, Path]
-    out: Path
-    options: Mapping[str, Any]
-
-    def run(self) -> tallstore.PackReport:
-        """Pack here and now."""
-        return tallstore.pack(self.base, self.experts, self.out, **self.options)
+_STARTED = "started"
 
 
 @dataclass(frozen=True)
@@ -61,24 +46,24 @@ class Outcome:
 
 
 class Child:
-    """A process that runs a job."""
+    """A process that makes a call."""
 
-    def __init__(self, job: Job, *conditions: Callable[[], None]) -> None:
+    def __init__(self, call: Call, *conditions: Call) -> None:
         """Start it.
 
         Args:
-            job: what to run.
-            conditions: called in the child before the job; functions of a module, or partials of them.
+            call: what to do.
+            conditions: called in the child before.
         """
         self._receiver, sender = _CONTEXT.Pipe(duplex=False)
-        self.process: BaseProcess = _CONTEXT.Process(target=_run, args=(job, sender, conditions))
+        self.process: BaseProcess = _CONTEXT.Process(target=_run, args=(call, sender, conditions))
         self.process.start()
         sender.close()
 
-    def wait_until_it_packs(self) -> None:
-        """Wait for the moment before the call of `pack`."""
+    def wait_until_it_starts(self) -> None:
+        """Wait for the moment before the call."""
         assert self._receiver.poll(_PATIENCE), "the child does not start"
-        assert self._receiver.recv() == "packing"
+        assert self._receiver.recv() == _STARTED
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal; nothing happens where the child has ended."""
@@ -96,20 +81,20 @@ class Child:
         exit_code = self.process.exitcode
         self._receiver.close()
         self.process.close()
-        error, events = said[0] if said[-1] == "packing" else said[-1]
+        error, events = said[0] if said[-1] == _STARTED else said[-1]
         return Outcome(exit_code, error, events)
 
 
-def _run(job: Job, sender: Connection, conditions: Iterable[Callable[[], None]]) -> None:
+def _run(call: Call, sender: Connection, conditions: Iterable[Call]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever began the tests may have ignored it
     sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115 - as long as the process lives
     for condition in conditions:
         condition()
-    sender.send("packing")
+    sender.send(_STARTED)
     _EVENTS.start()
     error: tuple[type[BaseException], str] | None = None
     try:
-        job.run()
+        call()
     except BaseException as raised:  # noqa: BLE001 - the parent judges what it was
         error = (type(raised), str(raised))
     sender.send((error, _EVENTS.stop()))
@@ -124,11 +109,11 @@ class _Events:
         self._listens = False
         self._lock = threading.RLock()  # a signal may be handled inside it
         self._at: int | None = None
-        self._signal = signal.SIGTERM
+        self._action: Call = lambda: None
 
-    def stop_at(self, event: int, number: signal.Signals) -> None:
-        """Send this process a signal just before the event of that number."""
-        self._at, self._signal = event, number
+    def act_at(self, event: int, action: Call) -> None:
+        """Do something just before the event of that number."""
+        self._at, self._action = event, action
 
     def start(self) -> None:
         sys.addaudithook(self._hear)
@@ -144,7 +129,7 @@ class _Events:
                 number = len(self._heard)
                 self._heard.append(event)
             if number == self._at:
-                os.kill(os.getpid(), self._signal)
+                self._action()
 
 
 _EVENTS = _Events()
@@ -152,7 +137,7 @@ _EVENTS = _Events()
 
 def stop_at(event: int, number: signal.Signals) -> None:
     """A condition: the child gets a signal just before that event."""
-    _EVENTS.stop_at(event, number)
+    _EVENTS.act_at(event, lambda: os.kill(os.getpid(), number))
 
 
 def limit_file_size(nbytes: int) -> None:
@@ -165,3 +150,15 @@ def limit_file_size(nbytes: int) -> None:
 def without_exchange() -> None:
     """A condition: a file system on which two directories cannot change places in one step."""
     files._exchange = lambda _first, _second: False
+
+
+def obeying_permissions() -> None:
+    """A condition: permissions bind, which they do not for root as it is."""
+    import ctypes  # noqa: PLC0415 - Linux only
+
+    if os.geteuid() != 0:
+        return
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this thread and those that it starts
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable capabilities, twice: none
+    if ctypes.CDLL(None, use_errno=True).capset(header, sets):
+        raise OSError(ctypes.get_errno(), "cannot give up the capabilities of root")

@@ -1,4 +1,4 @@
-"""Places that cannot be written to, or are being written to: one typed error, nothing left behind, inputs untouched."""
+"""Places that cannot be written to, or inputs that cannot be read: one typed error, and the old state is there."""
 
 from __future__ import annotations
 
@@ -7,70 +7,78 @@ import functools
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
-import time
+from collections.abc import Callable, Sequence
 
 import pytest
 
 import tallstore
 from tallstore import files
-from tallstore.errors import InputError, OutputBusyError, OutputError
-from tests.faults.bundles import digests, large_inputs, names, small_inputs
-from tests.faults.children import Child, Job, limit_file_size
+from tallstore.errors import InputError, OutputError, TallstoreError
+from tests.faults import operations
+from tests.faults.bundles import digests, large_inputs, names
+from tests.faults.children import Child, Outcome, limit_file_size, obeying_permissions
+from tests.faults.operations import Operation, everything
+from tests.faults.shim import FAIL, FAIL_FROM, SHORT, SIGNAL, faulty_children
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX")
 
 FULL = "cannot be written (File too large); make room there, or choose another place"
-OPTIONS = {"embed_base": True, "overwrite": True}
+ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.ESTALE)
+READERS = ("pack to a free place", "export all over exports", "report to a free place")
+ALL = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    """Small ones; no test modifies them."""
-    root = tmp_path_factory.mktemp("inputs")
-    made = small_inputs(root)
-    before = digests(root)
-    yield made
-    assert digests(root) == before
+def is_one_line_of(outcome: Outcome, *places: object) -> bool:
+    """Whether a typed error of one line was raised, which names one of the places."""
+    assert outcome.error is not None
+    kind, message = outcome.error
+    return issubclass(kind, TallstoreError) and "\n" not in message and any(str(place) in message for place in places)
 
 
-@pytest.fixture(params=[False, True], ids=["a free place", "over a bundle"])
-def job(inputs, tmp_path, request):
-    """A pack to a place that is free, or has an older bundle in it."""
-    job = Job(*inputs, tmp_path / "place" / "bundle", OPTIONS)
-    job.out.parent.mkdir()
-    if request.param:
-        tallstore.pack(*inputs, job.out, method=tallstore.TallMask())
-    return job
+def few(calls: Sequence[object]) -> list[int]:
+    """Those of the ordinary run: some of all, and the last two, when the new takes the old one's place."""
+    return sorted({*range(3, len(calls), len(calls) // 7 + 1), len(calls) - 6, len(calls) - 2})
+
+
+def all_of(calls: Sequence[object]) -> list[int]:
+    return list(range(len(calls)))
 
 
 # --- a full disk ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [500, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_full_disk_is_one_typed_error_and_leaves_nothing(job, step):
-    """However far the pack has come by then."""
-    before, present = digests(job.out.parent), names(job.out.parent)
-    limit = 0
-    while (outcome := Child(job, functools.partial(limit_file_size, limit)).outcome()).error is not None:
-        error, message = outcome.error
-        assert error is OutputError, f"{limit} bytes: {message}"
-        assert message == f"{job.out.resolve()}: {FULL}"
-        assert digests(job.out.parent) == before
-        assert names(job.out.parent) == present
-        limit += step
-    assert limit > 4000
-    assert tallstore.verify(job.out) == []
+@pytest.mark.parametrize("next_limit", [lambda n: 3 * n + 700, pytest.param(lambda n: n + 150, marks=ALL)])
+@pytest.mark.parametrize("name", operations.NAMES)
+def test_a_full_disk_is_one_typed_error_and_leaves_nothing(operate, name, next_limit):
+    """However far the operation has come by then."""
+    operation = operate(name)
+    operation.learn()
+    limit = refused = 0
+    while True:
+        operation.begin()
+        outcome = operation.run(functools.partial(limit_file_size, limit))
+        if outcome.error is None:
+            break
+        assert is_one_line_of(outcome, operation.place, "user/experts"), f"{limit} bytes: {outcome.error}"
+        assert outcome.error[0] is OutputError, f"{limit} bytes: {outcome.error}"
+        assert operation.is_sound(), f"{limit} bytes"
+        assert operation.is_clean() or operation.keeps, f"{limit} bytes"
+        limit, refused = next_limit(limit), refused + 1
+    assert operation.undone() == []
+    assert refused > 1
 
 
 @pytest.mark.parametrize("options", [{"dry_run": True}, {"dry_run": True, "method": tallstore.TallMask([0.5, 1.0])}])
-def test_a_full_disk_ends_dry_runs_and_trials_too(inputs, tmp_path, monkeypatch, options):
+def test_a_full_disk_ends_dry_runs_and_trials_too(specimens, tmp_path, monkeypatch, options):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     if "method" in options:
         options = {**options, "evaluate": never}
-    outcome = Child(Job(*inputs, tmp_path / "bundle", options), functools.partial(limit_file_size, 500)).outcome()
+    call = functools.partial(operations.pack, specimens.base, specimens.experts, tmp_path / "bundle", **options)
+    outcome = Child(call, functools.partial(limit_file_size, 500)).outcome()
     assert outcome.error is not None
     assert outcome.error[0] is OutputError
     assert outcome.error[1].endswith(FULL)
@@ -129,36 +137,174 @@ def test_a_disk_that_is_really_full_is_one_typed_error(tmp_path):
     assert done.stdout.splitlines() == [full, "ballast"] * 3 + ["packed", "ballast bundle"]
 
 
+# --- permissions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def read_only():
+    """Makes directories, and those in them, read-only until the test ends."""
+    changed = []
+
+    def change(*directories):
+        for directory in directories:
+            for folder in [directory, *(path for path in directory.rglob("*") if path.is_dir())]:
+                changed.append(folder)
+                folder.chmod(0o555)
+
+    yield change
+    for folder in changed:
+        if folder.exists():
+            folder.chmod(0o755)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="root obeys no permissions")
+@pytest.mark.parametrize("name", operations.NAMES)
+def test_a_directory_that_is_read_only_is_one_typed_error(operate, read_only, name):
+    operation = operate(name)
+    operation.learn()
+    operation.begin()
+    before = everything(operation.place)
+    read_only(operation.place)
+    outcome = operation.run(obeying_permissions)
+    assert is_one_line_of(outcome, operation.place, "user/experts"), outcome.error
+    assert issubclass(outcome.error[0], OutputError)
+    assert everything(operation.place) == before
+    for folder in (operation.place, *operation.place.rglob("*")):
+        folder.chmod(folder.stat().st_mode | stat.S_IWUSR)
+    assert operation.run(obeying_permissions).error is None
+    assert operation.undone() == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="root obeys no permissions")
+@pytest.mark.parametrize("name", ["pack over a bundle", "export over an export", "pull over an older bundle"])
+def test_a_target_that_is_read_only_is_one_typed_error(operate, read_only, name):
+    """Its old content could not be removed, though it could be replaced."""
+    operation = operate(name)
+    operation.learn()
+    operation.begin()
+    before = everything(operation.place)
+    target = operation.place / next(iter(operation.targets))
+    read_only(target)
+    outcome = operation.run(obeying_permissions)
+    assert is_one_line_of(outcome, target), outcome.error
+    assert issubclass(outcome.error[0], OutputError)
+    assert operation.is_old()
+    assert everything(operation.place) == before or operation.keeps
+    for folder in (target, *target.rglob("*")):
+        folder.chmod(folder.stat().st_mode | stat.S_IWUSR)
+    assert operation.run(obeying_permissions).error is None
+    assert operation.undone() == []
+
+
+# --- calls of the system that fail ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory):
+    with faulty_children(tmp_path_factory.mktemp("library")) as started:
+        if started is None:
+            pytest.skip("no C compiler, or no Linux")
+        yield started
+
+
+def judge(operation: Operation, outcome: Outcome, moment: str, *named: object) -> None:
+    """Either it was of no consequence, or it was told in one line, and nothing has changed."""
+    if outcome.error is None:
+        assert operation.undone() == [], moment
+        return
+    assert is_one_line_of(outcome, *named), f"{moment}: {outcome.error}"
+    assert operation.is_sound(), moment
+
+
+@pytest.mark.parametrize("choose", [few, pytest.param(all_of, marks=ALL)])
+@pytest.mark.parametrize("name", operations.NAMES)
+def test_a_write_that_fails_is_one_typed_error(operate, faulty, name, choose):
+    """One call of the system on what is written, of whatever kind."""
+    operation = operate(name)
+    operation.learn()
+    operation.begin()
+    calls = faulty.calls(operation.call, operation.conditions, operation.place)
+    for at in choose(calls):
+        number = ERRORS[at % len(ERRORS)]
+        moment = f"call {at} of {len(calls)}, {calls[at]}: {os.strerror(number)}"
+        operation.begin()
+        outcome = faulty.run(operation.call, operation.conditions, operation.place, at=at, how=FAIL, number=number)
+        judge(operation, outcome, moment, operation.place, "user/experts")
+        assert outcome.error is None or operation.is_clean() or operation.keeps, moment
+    assert operation.run().error is None
+    assert operation.undone() == []
+
+
+@pytest.mark.parametrize("choose", [few, pytest.param(all_of, marks=ALL)])
+@pytest.mark.parametrize("name", READERS)
+def test_a_read_that_fails_is_one_typed_error(specimens, operate, faulty, name, choose):
+    """One call of the system on what is read: a checkpoint, or a bundle's file."""
+    operation = operate(name)
+    operation.learn()
+    operation.begin()
+    root = specimens.root / "inputs" if name.startswith("pack") else specimens.new / "bundle"
+    calls = faulty.calls(operation.call, operation.conditions, root)
+    listed = [path.as_posix() for path in digests(root)]
+    for at in choose(calls):
+        moment = f"call {at} of {len(calls)}, {calls[at]}"
+        operation.begin()
+        outcome = faulty.run(operation.call, operation.conditions, root, at=at, how=FAIL, number=errno.EIO)
+        judge(operation, outcome, moment, root, *listed)
+        assert operation.is_clean(), moment
+
+
+@pytest.mark.parametrize("choose", [few, pytest.param(all_of, marks=ALL)])
+@pytest.mark.parametrize("name", READERS)
+def test_reads_and_writes_that_come_in_parts_are_of_no_consequence(specimens, operate, faulty, name, choose):
+    operation = operate(name)
+    operation.learn()
+    for root in (specimens.root, operation.place):
+        operation.begin()
+        calls = faulty.calls(operation.call, operation.conditions, root, SHORT)
+        for at in choose(calls):
+            operation.begin()
+            outcome = faulty.run(operation.call, operation.conditions, root, at=at, how=SHORT, number=0)
+            assert outcome.error is None, f"call {at} of {len(calls)}, {calls[at]}: {outcome.error}"
+            assert operation.undone() == [], f"call {at} of {len(calls)}, {calls[at]}"
+
+
+@pytest.mark.parametrize(("how", "number"), [(FAIL_FROM, errno.EIO), (SIGNAL, signal.SIGKILL)])
+@pytest.mark.parametrize("choose", [few, pytest.param(all_of, marks=ALL)])
+@pytest.mark.parametrize("name", operations.NAMES)
+def test_a_disk_that_goes_away_for_good(operate, faulty, name, choose, how, number):  # noqa: PLR0917 - as pytest calls it
+    """From some call on nothing works, or the process is killed just before it; the next run cleans up what is left."""
+    operation = operate(name)
+    operation.learn()
+    operation.begin()
+    calls = faulty.calls(operation.call, operation.conditions, operation.place)
+    for at in choose(calls):
+        moment = f"call {at} of {len(calls)}, {calls[at]}"
+        operation.begin()
+        outcome = faulty.run(operation.call, operation.conditions, operation.place, at=at, how=how, number=number)
+        if how == SIGNAL:
+            assert outcome.exit_code == -number or at > 0.9 * len(calls), moment
+        elif outcome.error is not None:
+            assert is_one_line_of(outcome, operation.place, "user/experts"), f"{moment}: {outcome.error}"
+        assert operation.is_sound(), moment
+        assert operation.run().error is None, moment
+        assert operation.undone() == [], moment
+
+
 # --- other refusals ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write anywhere")
-def test_a_directory_that_is_read_only_is_one_typed_error(job):
-    before, parent = digests(job.out.parent), job.out.parent
-    parent.chmod(0o555)
-    try:
-        with pytest.raises(OutputError, match="cannot write beside it"):
-            job.run()
-        assert digests(parent) == before
-    finally:
-        parent.chmod(0o755)
-    job.run()
-    assert names(parent) == ["bundle"]
-
-
-def test_a_companion_file_that_cannot_be_read_is_an_error_of_the_input(job, monkeypatch):
-    read = files.hash_file
+def test_a_companion_file_that_cannot_be_read_is_an_error_of_the_input(specimens, tmp_path, monkeypatch):
+    read: Callable[..., object] = files.hash_file
 
     def refuse(path):
         if path.parent.name == "birds":
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return read(path)
 
-    before = digests(job.out.parent)
     monkeypatch.setattr(files, "hash_file", refuse)
     with pytest.raises(InputError, match=r"expert 'birds' .*config\.json cannot be read: Permission denied"):
-        job.run()
-    assert digests(job.out.parent) == before
+        operations.pack(specimens.base, specimens.experts, tmp_path / "bundle")
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -169,64 +315,18 @@ def test_a_companion_file_that_cannot_be_read_is_an_error_of_the_input(job, monk
         ("progress", BrokenPipeError(errno.EPIPE, "Broken pipe")),
     ],
 )
-def test_what_callbacks_raise_is_not_taken_for_the_disk(job, callback, error):
+@pytest.mark.parametrize("there", [False, True])
+def test_what_callbacks_raise_is_not_taken_for_the_disk(specimens, tmp_path, there, callback, error):
     def fail(*_arguments):
         raise error
 
-    before = digests(job.out.parent)
+    place = tmp_path / "place"
+    if there:
+        shutil.copytree(specimens.old, place)
+    else:
+        place.mkdir()
+    before = digests(place)
     with pytest.raises(type(error), match=error.strerror):
-        tallstore.pack(job.base, job.experts, job.out, overwrite=True, **{callback: fail})
-    assert digests(job.out.parent) == before
-    assert names(job.out.parent) in ([], ["bundle"])
-
-
-# --- two at once ------------------------------------------------------------------------------------------------------
-
-
-def test_two_packs_to_one_place_at_once(inputs, tmp_path):
-    """The second is refused, the first finishes undisturbed."""
-    (tmp_path / "large").mkdir()
-    first = Job(*large_inputs(tmp_path / "large", tensors=4, numel=1 << 18), tmp_path / "place" / "bundle", {})
-    second = Job(*inputs, first.out, OPTIONS)
-    child = Child(first)
-    holder = tmp_path / "place" / ".bundle.partial" / ".holder"
-    while not (holder.exists() and holder.read_text()):
-        time.sleep(0.001)
-    child.send(signal.SIGSTOP)
-    try:
-        with pytest.raises(OutputBusyError, match=f"process {child.process.pid} is writing it"):
-            second.run()
-        assert not first.out.exists()
-    finally:
-        child.send(signal.SIGCONT)
-    assert child.outcome().exit_code == 0
-    assert names(first.out.parent) == ["bundle"]
-    assert tallstore.verify(first.out) == []
-    with tallstore.open_bundle(first.out) as bundle:
-        assert bundle.tasks == ("cars", "birds")
-        assert len(bundle.keys("cars")) == 4
-    second.run()
-    assert names(first.out.parent) == ["bundle"]
-    assert tallstore.verify(first.out) == []
-
-
-def test_an_export_to_a_full_disk_is_one_typed_error_and_leaves_nothing(inputs, tmp_path):
-    base, experts = inputs
-    task = next(iter(experts))
-    tallstore.pack(base, experts, tmp_path / "bundle", embed_base=True)
-    program = textwrap.dedent(
-        """
-        import resource, sys, tallstore
-        from tallstore.exporting import export
-        bundle, task, out = sys.argv[1:]
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-        try:
-            export(tallstore.open_bundle(bundle), task, out)
-        except tallstore.OutputError as error:
-            print(error)
-        """
-    )
-    arguments = [str(tmp_path / "bundle"), task, str(tmp_path / "exported")]
-    done = subprocess.run([sys.executable, "-c", program, *arguments], check=True, capture_output=True, text=True)
-    assert done.stdout == f"{(tmp_path / 'exported').resolve()}: {FULL}\n"
-    assert names(tmp_path) == ["bundle"]
+        operations.pack(specimens.base, specimens.experts, place / "bundle", **{callback: fail})
+    assert digests(place) == before
+    assert names(place) == (["bundle"] if there else [])

@@ -1,0 +1,282 @@
+"""Everything in tallstore that writes, each with the states that it leads from and to."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import tallstore
+from tallstore import exporting
+from tallstore.format import layout
+from tests.faults.bundles import Digests, digests, small_inputs
+from tests.faults.children import Call, Child, Outcome, without_exchange
+from tests.hub.loopback import LoopbackHub
+
+NEW: Mapping[str, Any] = {"method": tallstore.SignedMask(), "embed_base": True}
+OLD: Mapping[str, Any] = {"method": tallstore.TallMask(), "embed_base": True}
+REPO = "user/experts"
+
+
+@dataclass(frozen=True)
+class Specimens:
+    """What operations read, and what is there before them.
+
+    Attributes:
+        root: in it "exported", "reported", "some" and "earlier": what was exported and reported of `old`, and what was
+            pulled of one task, and before the bundle changed on the Hub.
+        base, experts: inputs.
+        hub: that has `new`, and had `old` before.
+        new, old: directories of the bundles that two methods made.
+    """
+
+    root: Path
+    base: Path
+    experts: Mapping[str, Path]
+    hub: LoopbackHub
+    new: Path
+    old: Path
+
+    @classmethod
+    def make(cls, root: Path, hub: LoopbackHub) -> Specimens:
+        """In *root*, an empty directory."""
+        (root / "inputs").mkdir()
+        base, experts = small_inputs(root / "inputs")
+        for name, options in (("new", NEW), ("old", OLD)):
+            tallstore.pack(base, experts, root / name / "bundle", **options)
+            assert tallstore.verify(root / name / "bundle") == []
+        made = cls(root, base, experts, hub, root / "new", root / "old")
+        exporting.export_all(tallstore.open_bundle(root / "old" / "bundle"), root / "exported" / "experts")
+        tallstore.write_report(root / "old" / "bundle", root / "reported" / "report.html")
+        hub.add(REPO)
+        earlier = hub.repositories[REPO].push(_contents(root / "old" / "bundle"))
+        hub.repositories[REPO].push(_contents(root / "new" / "bundle"))
+        for name, options in (("some", {"tasks": ["cars"]}), ("earlier", {"revision": earlier})):
+            call = functools.partial(pull, root / name / "cache", local_dir=root / name / "bundle", **options)
+            outcome = Child(call, functools.partial(speak_with, hub.url)).outcome()
+            assert outcome.exit_code == 0, outcome.error
+        return made
+
+
+def _contents(bundle: Path) -> dict[str, bytes]:
+    return {path.as_posix(): (bundle / path).read_bytes() for path in digests(bundle)}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Something that writes.
+
+    Attributes:
+        call: does it, in a child; writes below `place` alone, and may be called again after whatever became of it.
+        place: everything that may be written to.
+        targets: paths in the place that change in one step each, and how to look at them.
+        before: what the place holds at first: a directory; nothing by default.
+        conditions: of the child.
+        may_be_missing: whether a target may be neither old nor new for a moment, but away.
+        keeps: whether what was gathered stays after an error, for the next run.
+    """
+
+    call: Call
+    place: Path
+    targets: Mapping[str, Look]
+    before: Path | None = None
+    conditions: tuple[Call, ...] = ()
+    may_be_missing: bool = False
+    keeps: bool = False
+    _states: dict[str, tuple[Digests | None, Digests | None]] = field(default_factory=dict)
+    _end: dict[str, Digests] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        """As it is before the operation."""
+        shutil.rmtree(self.place, ignore_errors=True)
+        if self.before is None:
+            self.place.mkdir()
+        else:
+            shutil.copytree(self.before, self.place, symlinks=True)
+
+    def run(self, *conditions: Call) -> Outcome:
+        """Do it, with the place as it is."""
+        return self.start(*conditions).outcome()
+
+    def start(self, *conditions: Call) -> Child:
+        """As `run`, without waiting for its end."""
+        return Child(self.call, *self.conditions, *conditions)
+
+    def learn(self, *conditions: Call) -> Outcome:
+        """Do it from the beginning to the end, and keep in mind what was there before and after."""
+        self.begin()
+        old = {target: self._look(target) for target in self.targets}
+        outcome = self.run(*conditions)
+        assert outcome.exit_code == 0, outcome.error
+        self._states.update({target: (old[target], self._look(target)) for target in self.targets})
+        self._end["all"] = everything(self.place)
+        return outcome
+
+    def is_sound(self) -> bool:
+        """Whether everything is what it was or what it is to be; what is left beside it is no matter."""
+        return all(self._is_sound(target, look) for target, look in self.targets.items())
+
+    def is_old(self) -> bool:
+        """Whether nothing was done."""
+        return all(self._look(target) == old for target, (old, _) in self._states.items())
+
+    def is_clean(self) -> bool:
+        """Whether nothing is there but what is there before or after: no staging, no scratch."""
+        before = set() if self.before is None else set(everything(self.before))
+        return set(everything(self.place)) <= before | set(self._end["all"])
+
+    def undone(self) -> list[str]:
+        """What is not as after an operation that nothing disturbed, hidden files and empty directories too."""
+        found, due = everything(self.place), self._end["all"]
+        return sorted(str(path) for path in found.keys() | due.keys() if found.get(path) != due.get(path))
+
+    def _look(self, target: str) -> Digests | None:
+        place = self.place / target
+        return self.targets[target].state(place) if place.exists() else None
+
+    def _is_sound(self, target: str, look: Look) -> bool:
+        old, new = self._states[target]
+        state = self._look(target)
+        if state is None:
+            return old is None or self.may_be_missing
+        return look.is_sound(state, old, new)
+
+
+class Look:
+    """How to look at a target that changes in one step: all files of it are the old ones or the new ones."""
+
+    def state(self, place: Path) -> Digests:
+        """What there is to see."""
+        return digests(place)
+
+    def is_sound(self, state: Digests, old: Digests | None, new: Digests | None) -> bool:
+        """Whether that may be there."""
+        return state in (old, new)
+
+
+class Listed(Look):
+    """A bundle that changes in place: what its manifest lists; what else lies there by such names is swept later."""
+
+    def state(self, place: Path) -> Digests:
+        manifest = place / layout.MANIFEST
+        listed = [file["path"] for file in json.loads(manifest.read_bytes())["files"]] if manifest.exists() else []
+        found = digests(place)
+        strange = [path for path in found if path.as_posix() != layout.MANIFEST and not _may_lie_there(path)]
+        assert not strange
+        return {path: found[path] for path in map(Path, (layout.MANIFEST, *listed)) if path in found}
+
+
+def _may_lie_there(path: Path) -> bool:
+    return layout.is_bundle_path(path.as_posix()) or path.parts[0] == ".cache"
+
+
+class Cached(Look):
+    """The Hub's cache: what is in a snapshot is whole, and more comes with every pull."""
+
+    def state(self, place: Path) -> Digests:
+        return {path: digest for path, digest in digests(place).items() if "snapshots" in path.parts}
+
+    def is_sound(self, state: Digests, old: Digests | None, new: Digests | None) -> bool:
+        return state.items() <= (new or {}).items()
+
+
+def everything(root: Path) -> Digests:
+    """As `digests`; and the directories, so that one that should have gone is noticed."""
+    folders = {path.relative_to(root): "" for path in root.rglob("*") if path.is_dir() and not path.is_symlink()}
+    return {**folders, **digests(root)}
+
+
+# --- what is called ---
+
+
+def pack(base: Path, experts: Mapping[str, Path], out: Path, **options: Any) -> None:
+    tallstore.pack(base, experts, out, overwrite=True, **{**NEW, **options})
+
+
+def export(bundle: Path, task: str, out: Path) -> None:
+    with tallstore.open_bundle(bundle) as opened:
+        exporting.export(opened, task, out, overwrite=True)
+
+
+def export_all(bundle: Path, out: Path) -> None:
+    with tallstore.open_bundle(bundle) as opened:
+        exporting.export_all(opened, out, overwrite=True)
+
+
+def report(bundle: Path, out: Path) -> None:
+    tallstore.write_report(bundle, out, overwrite=True)
+
+
+def pull(cache: Path, **options: Any) -> None:
+    tallstore.pull(REPO, cache_dir=cache, max_workers=1, **options)
+
+
+def speak_with(url: str) -> None:
+    """A condition: the Hub's client, which was imported before, knows of this Hub and no other."""
+    from huggingface_hub import constants  # noqa: PLC0415
+
+    from tallstore.hub import retrying  # noqa: PLC0415
+
+    constants.ENDPOINT = url
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_PROGRESS_BARS = True
+    retrying._WAITS = (0.001,) * 4
+
+
+# --- the operations ---
+
+NAMES: Sequence[str] = (
+    "pack to a free place",
+    "pack over a bundle",
+    "pack over a bundle in two steps",
+    "export to a free place",
+    "export over an export",
+    "export all over exports",
+    "report to a free place",
+    "report over a report",
+    "pull into the cache",
+    "pull to a free place",
+    "pull more tasks",
+    "pull over an older bundle",
+)
+
+
+def operation(name: str, specimens: Specimens, place: Path) -> Operation:
+    """The operation of that name, in a *place* of its own."""
+    verb, _, how = name.partition(" ")
+    there = how.split(" ")[0] not in {"to", "into"}
+    if verb == "pack":
+        call = functools.partial(pack, specimens.base, specimens.experts, place / "bundle")
+        made = Operation(call, place, {"bundle": Look()}, specimens.old if there else None)
+        if how.endswith("in two steps"):
+            return replace(made, conditions=(without_exchange,), may_be_missing=True)
+        return made
+    bundle = specimens.new / "bundle"
+    if verb == "report":
+        call = functools.partial(report, bundle, place / "report.html")
+        return Operation(call, place, {"report.html": Look()}, specimens.root / "reported" if there else None)
+    if verb == "export":
+        call = functools.partial(export, bundle, "cars", place / "experts" / "cars")
+        targets: dict[str, Look] = {"experts/cars": Look()}
+        if how.startswith("all"):
+            call = functools.partial(export_all, bundle, place / "experts")
+            targets["experts/birds"] = Look()
+        return Operation(call, place, targets, specimens.root / "exported" if there else None)
+    return _pull(how, specimens, place)
+
+
+def _pull(how: str, specimens: Specimens, place: Path) -> Operation:
+    before = {"more tasks": "some", "over an older bundle": "earlier"}.get(how)
+    options = {} if how == "into the cache" else {"local_dir": place / "bundle"}
+    return Operation(
+        functools.partial(pull, place / "cache", **options),
+        place,
+        {"bundle": Listed()} if options else {"cache": Cached()},
+        None if before is None else specimens.root / before,
+        (functools.partial(speak_with, specimens.hub.url),),
+        keeps=True,
+    )
