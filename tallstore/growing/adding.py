@@ -115,7 +115,8 @@ def add(
         def opened(_: Checkpoint) -> Experts:
             return Experts({task: inputs.enter_context(open_expert(task, source)) for task, source in experts.items()})
 
-        return pack_group(change, base, opened, recipe, inputs, gone=there, action="add")
+        report = pack_group(change, base, opened, recipe, inputs, gone=there, action="add")
+    return changed(report, path=Path(bundle))
 
 
 def default_method(count: int) -> Method:

@@ -67,6 +67,7 @@ class Change:
                 f"{self.root}: {len(after.tasks)} tasks in {readable(len(raw))} of {layout.MANIFEST} are more than a"
                 " bundle can have; pack into another bundle"
             )
+        self.bundle.close()  # some systems delete no file that is open
         if not self.is_trial:
             with files.writing(self.root):
                 self._replace(after, raw, made)

@@ -105,7 +105,15 @@ def test_the_sdist_holds_what_building_and_testing_need(built):
     with tarfile.open(built.sdist) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     assert set(files_below("tallstore", "tests", "spec", "benchmarks", "examples")) <= names
-    assert {"Makefile", "LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "pyproject.toml"} <= names
+    assert {
+        "Makefile",
+        "LICENSE",
+        "README.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "SECURITY.md",
+        "pyproject.toml",
+    } <= names
 
 
 def test_the_installed_wheel_runs(built, installed, tmp_path):

@@ -87,6 +87,20 @@ def test_what_is_missing_from_a_bundle_that_nobody_changed_was_not_fetched(tmp_p
             opened.state_dict("a")
 
 
+@pytest.mark.parametrize("change", ["replace", "remove", "repack"])
+def test_who_verifies_meanwhile_is_told_to_do_it_again(tmp_path, change):
+    bundle = packed(tmp_path / "bundle")
+    changes = iter([CHANGES[change]])
+
+    def progress(_done, _total):
+        for each in changes:
+            each(bundle)
+
+    with pytest.raises(tallstore.BundleChangedError, match="was changed while it was verified; verify it again"):
+        tallstore.verify(bundle, progress=progress)
+    assert tallstore.verify(bundle) == []
+
+
 @posix
 def test_threads_that_read_while_a_bundle_changes_get_old_weights_or_a_clear_error(tmp_path):
     bundle = packed(tmp_path / "bundle")
