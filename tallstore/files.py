@@ -11,16 +11,15 @@ import ctypes
 import errno
 import hashlib
 import os
-import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from tallstore.errors import OutputBusyError, OutputError
+from tallstore.errors import OutputError
+from tallstore.locking import lock_directory, remove_held, sign, unsign
 
 if sys.platform != "win32":
     import fcntl
@@ -28,7 +27,6 @@ if sys.platform != "win32":
 _COPY_NBYTES = 1 << 20
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-_HOLDER = ".holder"
 
 
 @dataclass(frozen=True)
@@ -164,13 +162,13 @@ def staged_directory(target: Path) -> Iterator[Path]:
             _take_back(target)
             _refuse_read_only(target)
             _clear(staging)
-            _sign(staging)
+            sign(staging)
         yield staging
         with writing(target):
-            (staging / _HOLDER).unlink()
+            unsign(staging)
             replace_directory(staging, target)
     except BaseException:
-        _remove(staging, lock)
+        remove_held(staging, lock)
         _remove_empty(made)
         raise
     finally:
@@ -197,12 +195,12 @@ def gathered_files(target: Path) -> Iterator[Path]:
         lock, is_ours = _hold(staging, target), True
         with writing(target):
             _take_back(target)
-            _sign(staging)
+            sign(staging)
         yield staging
-        _remove(staging, lock)
+        remove_held(staging, lock)
     except BaseException:
         if is_ours and _is_bare(staging):
-            _remove(staging, lock)
+            remove_held(staging, lock)
         _remove_empty(made)
         raise
     finally:
@@ -232,11 +230,11 @@ def room_beside(target: Path, ready: Callable[[], None]) -> Iterator[Path]:
             ready()
             is_ours = True
             _clear(staging)
-            _sign(staging)
+            sign(staging)
         yield staging
     finally:
         if is_ours or _is_bare(staging):
-            _remove(staging, lock)
+            remove_held(staging, lock)
         if lock is not None:
             os.close(lock)
 
@@ -276,89 +274,12 @@ def _remove_empty(made: Iterable[Path]) -> None:
 
 
 def _hold(staging: Path, target: Path) -> int | None:
-    """As `_lock`; what the system refuses becomes an error of *target*."""
+    """As `lock_directory`; what the system refuses becomes an error of *target*."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        return _lock(staging, target)
+        return lock_directory(staging, target)
     except OSError as error:
         raise OutputError(f"{target}: cannot write beside it ({error.strerror}); choose another place") from None
-
-
-def _lock(staging: Path, target: Path) -> int | None:
-    """Make *staging* and lock the directory itself: the lock follows it through renames and dies with the process.
-
-    Returns:
-        an open descriptor of the directory; None where the system has no such locks.
-    """
-    while True:
-        with contextlib.suppress(FileExistsError):
-            staging.mkdir()
-        if sys.platform == "win32":
-            return None
-        try:
-            descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            continue  # its last writer put it in place between our two calls: make a new one
-        try:
-            if _flock(descriptor) and not _is_held(staging, descriptor):
-                os.close(descriptor)  # put in place before it was locked: make a new one
-                continue
-        except BlockingIOError:
-            os.close(descriptor)
-            raise OutputBusyError(
-                f"{target}: {_holder(staging)} is writing it; wait, or choose another place"
-            ) from None
-        except BaseException:
-            os.close(descriptor)
-            raise
-        return descriptor
-
-
-def _flock(descriptor: int) -> bool:
-    """Lock a directory; whether its file system has locks.
-
-    Raises:
-        BlockingIOError: another process has locked it.
-    """
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:
-        return False
-    return True
-
-
-def _remove(staging: Path, lock: int | None) -> None:
-    """Remove what was staged, or what it was exchanged for; never what another process is filling."""
-    if sys.platform == "win32" or (lock is not None and _is_held(staging, lock)):
-        shutil.rmtree(staging, ignore_errors=True)
-        return
-    try:
-        descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
-        return  # there is nothing, or nothing of ours
-    try:
-        if _flock(descriptor) and _is_held(staging, descriptor):
-            shutil.rmtree(staging, ignore_errors=True)
-    except BlockingIOError:
-        pass
-    finally:
-        os.close(descriptor)
-
-
-def _sign(staging: Path) -> None:
-    """Leave word of who fills a directory, for whom it keeps away."""
-    now = datetime.now(timezone.utc).astimezone()
-    (staging / _HOLDER).write_text(f"{os.getpid()} {now:%Y-%m-%dT%H:%M:%S} {platform.node()}")
-
-
-def _holder(staging: Path) -> str:
-    try:
-        process, since, host = (staging / _HOLDER).read_text().split(" ", 2)
-        return f"process {int(process)} on {host or 'this machine'} (since {since.replace('T', ' ')})"
-    except (OSError, ValueError):
-        return "another process"
 
 
 def _is_bare(staging: Path) -> bool:
@@ -367,16 +288,6 @@ def _is_bare(staging: Path) -> bool:
         return all(entry.name.startswith(".") for entry in staging.iterdir())
     except FileNotFoundError:
         return True
-
-
-def _is_held(staging: Path, lock: int | None) -> bool:
-    """Whether the directory that *lock* was taken on is still the one named *staging*."""
-    if lock is None:
-        return True
-    try:
-        return os.path.samestat(os.fstat(lock), staging.lstat())
-    except FileNotFoundError:
-        return False
 
 
 def _clear(staging: Path) -> None:

@@ -115,7 +115,8 @@ def add(
         def opened(_: Checkpoint) -> Experts:
             return Experts({task: inputs.enter_context(open_expert(task, source)) for task, source in experts.items()})
 
-        return pack_group(change, base, opened, recipe, inputs, gone=there, action="add")
+        report = pack_group(change, base, opened, recipe, inputs, gone=there, action="add")
+    return changed(report, path=Path(bundle))
 
 
 def default_method(count: int) -> Method:
@@ -165,7 +166,7 @@ def pack_group(
         raise OutputError(
             f"{change.root}: has had {MAX_GROUP_NUMBER:,} groups, and cannot have another; pack its tasks anew"
         )
-    named = named_companions(change.bundle, gone)
+    named = named_companions(change.bundle, gone) if gone else None
     # A caller's inference mode is not its threads', and tensors that it makes may not be written to outside of it.
     inputs.enter_context(torch.inference_mode(mode=False))
     opened = inputs.enter_context(open_base(change.bundle, base, None, f"{action}(bundle, …, base=…)"))

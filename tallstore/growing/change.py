@@ -15,11 +15,11 @@ from pathlib import Path
 
 from tallstore import files
 from tallstore.caller_warnings import warn
-from tallstore.errors import BundleNotFoundError, OutputBusyError, OutputError, UnsupportedVersionError
+from tallstore.errors import BundleNotFoundError, OutputBusyError, OutputError
 from tallstore.format import layout
 from tallstore.format.bundle_files import BundleFiles
-from tallstore.format.manifest import FORMAT_VERSION, MAX_TASKS, Manifest
-from tallstore.format.parsing import MAX_JSON_NBYTES, is_newer_minor, parse_manifest, serialise_manifest
+from tallstore.format.manifest import MAX_TASKS, Manifest
+from tallstore.format.parsing import MAX_JSON_NBYTES, parse_manifest, serialise_manifest
 from tallstore.format.sweeping import delete, sweep
 from tallstore.format.tables import check_manifest, refuse
 from tallstore.hub.ids import on_hub
@@ -67,6 +67,7 @@ class Change:
                 f"{self.root}: {len(after.tasks)} tasks in {readable(len(raw))} of {layout.MANIFEST} are more than a"
                 " bundle can have; pack into another bundle"
             )
+        self.bundle.close()  # some systems delete no file that is open
         if not self.is_trial:
             with files.writing(self.root):
                 self._replace(after, raw, made)
@@ -159,13 +160,8 @@ def _directory(bundle: str | os.PathLike[str]) -> Path:
 
 def _open(root: Path) -> BundleFiles:
     bundle = BundleFiles(root)
-    if is_newer_minor(bundle.manifest):
-        raise UnsupportedVersionError(
-            "VER-3",
-            layout.MANIFEST,
-            f"format_version is {bundle.manifest.format_version}, this tallstore writes {FORMAT_VERSION}, and would"
-            " lose what that does not know; update it",
-        )
+    # What a later version says and this one would lose is refused (WRITE-5).
+    parse_manifest(layout.read_bounded(root, layout.MANIFEST, MAX_JSON_NBYTES), layout.MANIFEST, to_change=True)
     return bundle
 
 

@@ -12,7 +12,7 @@ from tallstore.errors import IntegrityError
 from tallstore.files import hash_bytes
 from tallstore.format import layout
 from tallstore.format.bundle_files import BundleFiles
-from tallstore.format.manifest import FORMAT_VERSION, CompanionFile, Manifest, TaskEntry
+from tallstore.format.manifest import CompanionFile, Manifest, TaskEntry
 from tallstore.format.parsing import MAX_JSON_NBYTES
 
 
@@ -50,7 +50,6 @@ def after_change(
         files |= {file.path: file for file in made.files if file.path.partition("/")[0] in {"files", "groups", "tasks"}}
     return msgspec.structs.replace(
         before,
-        format_version=FORMAT_VERSION,
         generator=f"tallstore {tallstore.__version__}",
         next_group=before.next_group if made is None else made.next_group,
         groups=tuple(groups),

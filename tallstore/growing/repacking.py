@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
+from pathlib import Path
 
 from tallstore.checkpoints import Checkpoint, CheckpointSource
 from tallstore.errors import OptionError, UnknownTaskError
@@ -118,6 +119,7 @@ def repack(
             return Experts(checkpoints, {name: base_names(table) for name, table in tables.items()})
 
         report = pack_group(change, base, opened, recipe, inputs, gone=names, action="repack")
+    report = replace(report, path=Path(bundle))
     if not rebuilt:
         return report
     lossy = (

@@ -50,6 +50,7 @@ def verify(
 
     Raises:
         BundleNotFoundError: there is no bundle at that path, or of that id.
+        BundleChangedError: somebody changed the directory meanwhile.
         HubError: the Hub refuses, or cannot be reached.
     """
     hub_id = on_hub(path_or_repo_id)

@@ -14,7 +14,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path, PurePosixPath
 
-from tallstore.errors import BundleNotFoundError, FormatError, IntegrityError
+from tallstore.errors import BundleChangedError, BundleNotFoundError, FormatError, IntegrityError, TallstoreError
 from tallstore.files import hash_file
 from tallstore.format import layout
 from tallstore.format.manifest import (
@@ -76,8 +76,22 @@ def verify(path: str | os.PathLike[str], *, progress: Progress | None = None) ->
 
     Raises:
         BundleNotFoundError: there is no bundle at *path*.
+        BundleChangedError: somebody changed it meanwhile: what was found is of two bundles.
     """
-    return listed(_check(Path(path), progress))
+    root = Path(path)
+    before = _manifest_bytes(root)
+    problems = listed(_check(root, progress))
+    if problems and _manifest_bytes(root) != before:
+        raise BundleChangedError(f"{root}: was changed while it was verified; verify it again")
+    return problems
+
+
+def _manifest_bytes(root: Path) -> bytes | None:
+    """None where they cannot be read, which is for the checks to say."""
+    try:
+        return _read_manifest(root)
+    except (TallstoreError, OSError):
+        return None
 
 
 def listed(problems: Problems) -> list[Problem]:

@@ -6,7 +6,9 @@ import shutil
 
 import pytest
 
+from tallstore.format import layout
 from tallstore.format.origin import ORIGIN, Origin, read_origin, serialise_origin
+from tallstore.format.parsing import parse_manifest
 from tests.hub.loopback import Account, LoopbackHub
 from tests.hub.loopback.faults import Call
 from tests.hub.pushes import REPO, Pusher, contents, name_base, pushed, titles
@@ -66,7 +68,8 @@ def test_what_did_not_change_is_neither_sent_nor_committed(hub, push, bundles):
 def write_origin(bundle, sha):
     """As `tallstore.pull` does."""
     (bundle / ORIGIN).parent.mkdir(parents=True, exist_ok=True)
-    (bundle / ORIGIN).write_bytes(serialise_origin(Origin(REPO, sha)))
+    manifest = parse_manifest((bundle / layout.MANIFEST).read_bytes(), "")
+    (bundle / ORIGIN).write_bytes(serialise_origin(Origin(REPO, sha, manifest.manifest_sha256)))
 
 
 def test_tasks_that_others_added_after_the_pull_are_not_removed(hub, push, bundles, two):
@@ -78,7 +81,7 @@ def test_tasks_that_others_added_after_the_pull_are_not_removed(hub, push, bundl
     assert hub.repositories[REPO].refs["refs/heads/main"] == added
     taken = push(two, REPO, overwrite=True)
     assert pushed(hub) == contents(bundles / "two")
-    assert read_origin(two) == Origin(REPO, taken.oid)
+    assert read_origin(two).sha == taken.oid
     assert push(two, REPO).oid == taken.oid
 
 

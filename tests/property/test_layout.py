@@ -49,6 +49,22 @@ def test_slugs_are_unique_even_where_case_does_not_count(names):
     assert all(map(layout.is_slug, taken))
 
 
+LIKE_GROUPS = st.from_regex(r"[ab]?(-?g000[1-3]){0,3}", fullmatch=True)
+
+
+@given(st.lists(st.lists(ANY_TEXT | LIKE_GROUPS | st.just("x" * 70), max_size=6), min_size=2, max_size=4))
+def test_no_two_groups_give_the_same_slug(groups):
+    """Whether a group knows of the others or not: they may be gone by then."""
+    ever = set()
+    for number, names in enumerate(groups, start=1):
+        taken = set()
+        for name in names:
+            taken.add(layout.slugify(name, taken, number))
+        assert all(map(layout.is_slug, taken))
+        assert not ever & taken
+        ever |= taken
+
+
 @given(ANY_TEXT | st.lists(SEGMENTS, max_size=4).map("/".join))
 def test_no_path_of_the_grammar_leaves_the_bundle(path):
     if layout.is_bundle_path(path) or layout.is_companion_name(path):

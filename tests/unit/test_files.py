@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -14,7 +15,7 @@ import threading
 import pytest
 
 from tallstore import files
-from tallstore.errors import OutputBusyError, OutputError
+from tallstore.errors import BundleNotFoundError, OutputBusyError, OutputError
 from tallstore.files import hash_file, staged_directory, write_file
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX")
@@ -347,3 +348,62 @@ def test_writers_of_one_target_in_turn_and_at_once_leave_a_whole_directory(tmp_p
     assert len(entries(target)) == 3
     assert len({name.rsplit("-", 1)[0] for name in entries(target)}) == 1
     assert entries(tmp_path) == ["bundle"]
+
+
+# --- room beside a target ---------------------------------------------------------------------------------------------
+
+
+def test_room_is_empty_beside_the_target_and_gone_afterwards(tmp_path):
+    target = tmp_path / "bundle"
+    target.mkdir()
+    (tmp_path / ".bundle.partial").mkdir()
+    (tmp_path / ".bundle.partial" / "left").write_text("by a process that was killed")
+    with files.room_beside(target, lambda: None) as room:
+        assert [path.name for path in room.iterdir() if not path.name.startswith(".")] == []
+        (room / "new").write_text("x")
+        files.move_in(room, target, ["new"])
+    assert entries(tmp_path) == ["bundle"]
+    with contextlib.suppress(ZeroDivisionError), files.room_beside(target, lambda: None) as room:
+        (room / "half").write_text("x")
+        raise ZeroDivisionError
+    assert entries(tmp_path) == ["bundle"]
+    assert entries(target) == ["new"]
+
+
+def test_who_is_not_ready_leaves_what_others_gathered(tmp_path):
+    with contextlib.suppress(ZeroDivisionError), files.gathered_files(tmp_path / "bundle") as gathered:
+        (gathered / "downloaded").write_text("x")
+        raise ZeroDivisionError
+
+    def not_ready():
+        raise BundleNotFoundError("there is none")
+
+    with pytest.raises(BundleNotFoundError), files.room_beside(tmp_path / "bundle", not_ready):
+        pytest.fail("began")
+    assert (tmp_path / ".bundle.partial" / "downloaded").read_text() == "x"
+    with pytest.raises(BundleNotFoundError), files.room_beside(tmp_path / "other", not_ready):
+        pytest.fail("began")
+    assert entries(tmp_path) == [".bundle.partial"]
+
+
+def test_files_move_to_where_they_were(tmp_path):
+    for path in ("a", "b/c/d", "b/e"):
+        (tmp_path / "from" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "from" / path).write_text(path)
+    (tmp_path / "to" / "b").mkdir(parents=True)
+    files.move_in(tmp_path / "from", tmp_path / "to", ["b/c/d", "a"])
+    assert (tmp_path / "to" / "b" / "c" / "d").read_text() == "b/c/d"
+    assert entries(tmp_path / "to") == ["a", "b"]
+    assert (tmp_path / "from" / "b" / "e").exists()
+
+
+@posix
+def test_files_move_along_no_link(tmp_path):
+    (tmp_path / "from" / "b").mkdir(parents=True)
+    (tmp_path / "from" / "b" / "c").write_text("new")
+    (tmp_path / "to").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "to" / "b").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OutputError, match="b: is a link"):
+        files.move_in(tmp_path / "from", tmp_path / "to", ["b/c"])
+    assert entries(tmp_path / "elsewhere") == []

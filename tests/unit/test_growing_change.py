@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import threading
@@ -16,6 +17,7 @@ from tallstore import files
 from tallstore.format import layout
 from tallstore.format.bundle_files import BundleFiles
 from tests.growing_cases import BASE, assert_same, expert, experts, packed, state, weights
+from tests.resealed import write_manifest
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX files")
 
@@ -85,6 +87,20 @@ def test_what_is_missing_from_a_bundle_that_nobody_changed_was_not_fetched(tmp_p
         (bundle / "groups" / "g0001" / "group.json").unlink()
         with pytest.raises(tallstore.FormatError, match="FILE-4"):
             opened.state_dict("a")
+
+
+@pytest.mark.parametrize("change", ["replace", "remove", "repack"])
+def test_who_verifies_meanwhile_is_told_to_do_it_again(tmp_path, change):
+    bundle = packed(tmp_path / "bundle")
+    changes = iter([CHANGES[change]])
+
+    def progress(_done, _total):
+        for each in changes:
+            each(bundle)
+
+    with pytest.raises(tallstore.BundleChangedError, match="was changed while it was verified; verify it again"):
+        tallstore.verify(bundle, progress=progress)
+    assert tallstore.verify(bundle) == []
 
 
 @posix
@@ -380,29 +396,32 @@ def test_behind_a_link_the_bundle_is_changed(tmp_path):
 
 def test_a_bundle_that_has_had_all_groups_gets_no_other(tmp_path):
     bundle = packed(tmp_path / "bundle")
-    edit(bundle, next_group=10_000)
+    edit(bundle, next_group=10_000_000)
     before = snapshot(bundle)
     for change in (CHANGES["replace"], CHANGES["repack"]):
-        with pytest.raises(tallstore.OutputError, match="has had 9,999 groups"):
+        with pytest.raises(tallstore.OutputError, match="has had 9,999,999 groups"):
             change(bundle)
     assert snapshot(bundle) == before
     tallstore.remove(bundle, ["a"])
     assert tallstore.verify(bundle) == []
-    edit(bundle, next_group=9_999)
+    edit(bundle, next_group=9_999_999)
     tallstore.add(bundle, experts("x"), base=BASE)
     manifest = BundleFiles(bundle).manifest
-    assert (manifest.groups[-1].id, manifest.next_group) == ("g9999", 10_000)
+    assert (manifest.groups[-1].id, manifest.next_group) == ("g9999999", 10_000_000)
     assert tallstore.verify(bundle) == []
 
 
-@pytest.mark.filterwarnings("ignore:.*newer:UserWarning")
-def test_a_bundle_of_a_newer_version_is_not_changed(tmp_path):
-    """What a newer version says, this one would lose."""
+@pytest.mark.filterwarnings("ignore::tallstore.NewerFormatWarning")
+def test_what_a_newer_version_says_is_not_lost(tmp_path, monkeypatch):
     bundle = packed(tmp_path / "bundle")
     edit(bundle, format_version="1.7")
+    monkeypatch.setattr("tallstore.format.versions.FORMAT_VERSION", "1.0")
+    tallstore.remove(bundle, ["a"])
+    assert BundleFiles(bundle).manifest.format_version == "1.7"
+    write_manifest(bundle, json.loads((bundle / layout.MANIFEST).read_bytes()) | {"future": 1})
     before = snapshot(bundle)
-    with pytest.raises(tallstore.UnsupportedVersionError, match=r"format_version is 1\.7, this tallstore writes"):
-        tallstore.remove(bundle, ["a"])
+    with pytest.raises(tallstore.UnsupportedVersionError, match=r"has the unknown key \$\.future of a newer version"):
+        tallstore.remove(bundle, ["b"])
     assert snapshot(bundle) == before
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 
 import pytest
@@ -184,6 +185,35 @@ def test_a_long_name_keeps_its_beginning():
     slug = layout.slugify("x" * 200, ())
     assert slug == "x" * 64
     assert layout.slugify("x" * 201, {slug}).startswith("x" * 55 + "-")
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "slug"),
+    [
+        ("mnist", 2, "mnist-g0002"),
+        ("mnist", 9999, "mnist-g9999"),
+        ("con", 2, "con-g0002"),
+        ("...", 3, "ab5df625-g0003"),
+        ("run g0002", 1, "run-g0002-g0001"),
+        ("run g0002", 3, "run-g0002-g0003"),
+        ("rung0002", 1, "rung0002"),
+        ("g0002", 1, "g0002"),
+        ("run-g00021", 1, "run-g00021"),
+        ("x" * 64, 2, "x" * 58 + "-g0002"),
+        ("x" * 57 + "-y", 2, "x" * 57 + "-g0002"),
+        ("x" * 58 + "-g0002", 1, "x" * 58 + "-g0001"),
+    ],
+)
+def test_slugs_of_groups_end_with_the_groups_id(name, group, slug):
+    assert layout.slugify(name, (), group) == slug
+    assert layout.is_slug(slug)
+
+
+def test_a_taken_slug_of_a_group_gets_digits_before_the_groups_id():
+    second = layout.slugify("MNIST", {"mnist-g0002"}, 2)
+    assert re.fullmatch("mnist-[0-9a-f]{8}-g0002", second)
+    third = layout.slugify("MNIST", {"mnist-g0002", second}, 2)
+    assert re.fullmatch("mnist-[0-9a-f]{9}-g0002", third)
 
 
 def test_no_slug_left():

@@ -1,0 +1,114 @@
+"""Who is writing to a place: a directory that only one process may fill at a time, and word of who that is."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shutil
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+from tallstore.errors import OutputBusyError
+
+if sys.platform != "win32":
+    import fcntl
+
+_HOLDER = ".holder"
+
+
+def lock_directory(staging: Path, target: Path) -> int | None:
+    """Make *staging* and lock the directory itself: the lock follows it through renames and dies with the process.
+
+    Returns:
+        an open descriptor of the directory; None where the system has no such locks.
+
+    Raises:
+        OutputBusyError: another process has it; says which, as far as it said so.
+        OSError: the directory cannot be made.
+    """
+    while True:
+        with contextlib.suppress(FileExistsError):
+            staging.mkdir()
+        if sys.platform == "win32":
+            return None
+        try:
+            descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            continue  # its last writer put it in place between our two calls: make a new one
+        try:
+            if _flock(descriptor) and not is_held(staging, descriptor):
+                os.close(descriptor)  # put in place before it was locked: make a new one
+                continue
+        except BlockingIOError:
+            os.close(descriptor)
+            raise OutputBusyError(
+                f"{target}: {_holder(staging)} is writing it; wait, or choose another place"
+            ) from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+
+def sign(staging: Path) -> None:
+    """Leave word of who fills a directory, for whom it keeps away."""
+    now = datetime.now(timezone.utc).astimezone()
+    (staging / _HOLDER).write_text(f"{os.getpid()} {now:%Y-%m-%dT%H:%M:%S} {platform.node()}")
+
+
+def unsign(staging: Path) -> None:
+    """Take the word back."""
+    (staging / _HOLDER).unlink()
+
+
+def _holder(staging: Path) -> str:
+    try:
+        process, since, host = (staging / _HOLDER).read_text().split(" ", 2)
+        return f"process {int(process)} on {host or 'this machine'} (since {since.replace('T', ' ')})"
+    except (OSError, ValueError):
+        return "another process"
+
+
+def _flock(descriptor: int) -> bool:
+    """Lock a directory; whether its file system has locks.
+
+    Raises:
+        BlockingIOError: another process has locked it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
+def is_held(staging: Path, lock: int | None) -> bool:
+    """Whether the directory that *lock* was taken on is still the one named *staging*."""
+    if lock is None:
+        return True
+    try:
+        return os.path.samestat(os.fstat(lock), staging.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def remove_held(staging: Path, lock: int | None) -> None:
+    """Remove what was staged, or what it was exchanged for; never what another process is filling."""
+    if sys.platform == "win32" or (lock is not None and is_held(staging, lock)):
+        shutil.rmtree(staging, ignore_errors=True)
+        return
+    try:
+        descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return  # there is nothing, or nothing of ours
+    try:
+        if _flock(descriptor) and is_held(staging, descriptor):
+            shutil.rmtree(staging, ignore_errors=True)
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(descriptor)
