@@ -193,11 +193,11 @@ class _Directory:
 
     def _refuse_own_tasks(self, before: Manifest, *, but_for_tables: bool = False) -> None:
         """Refuse a bundle that was changed here, and has tasks by that which would be lost."""
+        listed = {file.path: file.sha256 for file in before.files}
         for task in before.tasks:
             path = layout.task_table(task.slug)
             now = self._bundle.files.get(path)
-            listed = next(file for file in before.files if file.path == path)
-            is_known = now is not None and (but_for_tables or now.sha256 == listed.sha256)
+            is_known = now is not None and (but_for_tables or now.sha256 == listed[path])
             if not is_known and layout.is_here(self._target, path):
                 raise OutputExistsError(
                     f"{self._target}: has a task {task.name!r} that {self._bundle.where} has not, and would lose it;"

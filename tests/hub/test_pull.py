@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,10 +14,13 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import pytest
 
 import tallstore
 from tallstore.format import layout
+from tallstore.format.manifest import FileEntry
+from tallstore.format.parsing import parse_manifest, serialise_manifest
 from tests.hub import pulls
 from tests.hub.client_process import client_environment
 from tests.hub.loopback import LoopbackHub
@@ -231,6 +235,25 @@ def test_what_a_change_that_was_broken_off_has_left_goes(case):
     case.pull("directory", tasks=["task1"])
     assert not any(path.parent.exists() for path in left)
     assert tallstore.verify(case.out) == []
+
+
+def test_a_file_that_a_task_no_longer_has_goes(case):
+    more = "tasks/task1/mask-00002-of-00002.safetensors"
+    theirs = shutil.copytree(case.bundle, case.out.with_name("theirs"))
+    (theirs / more).write_bytes(b"x")
+    manifest = parse_manifest((theirs / layout.MANIFEST).read_bytes(), layout.MANIFEST)
+    entry = FileEntry(path=more, size=1, sha256=hashlib.sha256(b"x").hexdigest(), git_oid=None)
+    listed = tuple(sorted((*manifest.files, entry), key=lambda file: file.path))
+    changed = msgspec.structs.replace(manifest, files=listed)
+    (theirs / layout.MANIFEST).write_bytes(serialise_manifest(changed))
+    repository = case.hub.repositories[case.repo_id]
+    repository.push(contents(theirs))
+    assert case.pull("directory").error is None
+    assert (case.out / more).exists()
+    repository.push(contents(case.bundle), delete={more})
+    assert case.pull("directory").error is None
+    assert tallstore.verify(case.out) == []
+    assert not (case.out / more).exists()
 
 
 def test_another_bundle_is_not_written_over(case, tmp_path):
