@@ -14,6 +14,7 @@ from tallstore.format import layout
 from tallstore.format.bundle_files import BundleFiles
 from tallstore.format.manifest import CompanionFile, Manifest, TaskEntry
 from tallstore.format.parsing import MAX_JSON_NBYTES
+from tallstore.format.versions import FEATURES
 
 
 def after_change(
@@ -65,11 +66,14 @@ def _remaining(before: Manifest, gone: Collection[str], came: Collection[str]) -
 class _Named(Struct):
     """Of a task.json, what it says of companion files."""
 
+    required_features: tuple[str, ...]
     files: tuple[CompanionFile, ...]
 
 
 def named_companions(bundle: BundleFiles, gone: Collection[str]) -> frozenset[str] | None:
-    """The paths of the companion files that the tasks name which stay; None where one of those is not fetched.
+    """The paths of the companion files that the tasks name which stay.
+
+    None where that is not known of one: it is not fetched, or needs a feature that is not here.
 
     Reads their tables, if there are companion files at all.
 
@@ -88,5 +92,8 @@ def named_companions(bundle: BundleFiles, gone: Collection[str]) -> frozenset[st
                 return None
             if hash_bytes(raw).sha256 != bundle.files[path].sha256:
                 raise IntegrityError("FILE-2", path, "changed since it was written; fetch the file again")
-            paths.update(layout.companion_path(file.sha256) for file in msgspec.json.decode(raw, type=_Named).files)
+            named = msgspec.json.decode(raw, type=_Named)
+            if not FEATURES.issuperset(named.required_features):
+                return None
+            paths.update(layout.companion_path(file.sha256) for file in named.files)
     return frozenset(paths)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 
+import msgspec
 import pytest
 from safetensors.torch import save_file
 
 import tallstore
+from tallstore.files import hash_bytes
 from tallstore.format.bundle_files import BundleFiles
+from tallstore.format.manifest import FileEntry
+from tallstore.format.parsing import serialise_manifest
 from tests.growing_cases import BASE, assert_same, expert, experts, packed, state, weights
 
 
@@ -82,6 +86,32 @@ def test_companion_files_stay_that_an_unfetched_task_may_name(tmp_path):
     assert not (bundle / "files").exists()
     assert report.nbytes == 2  # of an unfetched task nothing was here: it is the companion's
     assert tallstore.verify(bundle) == []
+
+
+def test_companion_files_stay_that_a_task_of_a_later_version_may_name(tmp_path):
+    """It needs a feature that this version lacks: nobody here knows what else it needs."""
+    (tmp_path / "one").mkdir()
+    save_file(expert(1), tmp_path / "one" / "model.safetensors")
+    (tmp_path / "one" / "config.json").write_text("{}")
+    bundle = tmp_path / "bundle"
+    tallstore.pack(BASE, {"one": tmp_path / "one", "two": expert(2), "three": expert(3)}, bundle)
+    rewrite(bundle, "tasks/two/task.json", lambda raw: raw.replace(b'features":[]', b'features":["holograms"]'))
+    tallstore.remove(bundle, ["one"])
+    assert len(list((bundle / "files").iterdir())) == 1
+    tallstore.remove(bundle, ["two"])
+    assert not (bundle / "files").exists()
+    assert tallstore.verify(bundle) == []
+
+
+def rewrite(bundle, path, edit):
+    """Change a table, and let the manifest list it as it is then."""
+    raw = edit((bundle / path).read_bytes())
+    (bundle / path).write_bytes(raw)
+    written = hash_bytes(raw)
+    entry = FileEntry(path=path, size=written.size, sha256=written.sha256, git_oid=written.git_oid)
+    manifest = BundleFiles(bundle).manifest
+    listed = tuple(entry if file.path == path else file for file in manifest.files)
+    (bundle / "tallstore.json").write_bytes(serialise_manifest(msgspec.structs.replace(manifest, files=listed)))
 
 
 def test_what_is_not_there_is_refused_and_nothing_goes(tmp_path):
