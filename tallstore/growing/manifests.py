@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Struct
 
 import tallstore
-from tallstore.errors import IntegrityError
+from tallstore.errors import FormatError, IntegrityError
 from tallstore.files import hash_bytes
 from tallstore.format import layout
 from tallstore.format.bundle_files import BundleFiles
@@ -79,6 +79,7 @@ def named_companions(bundle: BundleFiles, gone: Collection[str]) -> frozenset[st
 
     Raises:
         IntegrityError: a table is not the one that was written.
+        FormatError: JSON-3, it is none.
     """
     if not any(path.startswith("files/") for path in bundle.files):
         return frozenset()
@@ -92,7 +93,10 @@ def named_companions(bundle: BundleFiles, gone: Collection[str]) -> frozenset[st
                 return None
             if hash_bytes(raw).sha256 != bundle.files[path].sha256:
                 raise IntegrityError("FILE-2", path, "changed since it was written; fetch the file again")
-            named = msgspec.json.decode(raw, type=_Named)
+            try:
+                named = msgspec.json.decode(raw, type=_Named)
+            except msgspec.MsgspecError as error:
+                raise FormatError("JSON-3", path, str(error)) from None
             if not FEATURES.issuperset(named.required_features):
                 return None
             paths.update(layout.companion_path(file.sha256) for file in named.files)

@@ -220,6 +220,19 @@ def test_scores_are_those_of_the_new_tasks(tmp_path):
     assert tallstore.verify(bundle) == []
 
 
+def test_mask_lambda_is_chosen_for_new_tasks(tmp_path):
+    bundle = packed(tmp_path / "bundle", "ab")
+    method = tallstore.TallMask(mask_lambda=(0.4, 1.0))
+
+    def nonzero(_task, tensors):
+        return float((tensors["block.weight"] != BASE["block.weight"]).float().mean())
+
+    report = tallstore.add(bundle, experts("de"), base=BASE, method=method, evaluate=nonzero)
+    assert [task.mask_lambda for task in report.tasks] == [0.4, 0.4]
+    assert all(task.score > 0 for task in report.tasks)
+    assert tallstore.verify(bundle) == []
+
+
 def test_gains_can_be_calibrated(tmp_path):
     bundle = packed(tmp_path / "bundle", "ab")
     target = expert(ord("d"))["block.weight"]

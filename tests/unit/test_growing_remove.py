@@ -103,6 +103,20 @@ def test_companion_files_stay_that_a_task_of_a_later_version_may_name(tmp_path):
     assert tallstore.verify(bundle) == []
 
 
+def test_a_broken_table_of_a_task_that_stays_is_refused(tmp_path):
+    (tmp_path / "one").mkdir()
+    save_file(expert(1), tmp_path / "one" / "model.safetensors")
+    (tmp_path / "one" / "config.json").write_text("{}")
+    bundle = tmp_path / "bundle"
+    tallstore.pack(BASE, {"one": tmp_path / "one", "two": expert(2)}, bundle)
+    for edit in (lambda raw: raw[:-5], lambda raw: raw.replace(b'"files"', b'"fleas"'), lambda _: b"\xff[]"):
+        rewrite(bundle, "tasks/two/task.json", edit)
+        before = state(bundle)
+        with pytest.raises(tallstore.FormatError, match="JSON-3"):
+            tallstore.remove(bundle, ["one"])
+        assert state(bundle) == before
+
+
 def rewrite(bundle, path, edit):
     """Change a table, and let the manifest list it as it is then."""
     raw = edit((bundle / path).read_bytes())
