@@ -14,6 +14,7 @@ from tallstore.format import layout
 from tallstore.format.bundle_files import BundleFiles
 from tallstore.format.manifest import CompanionFile, Manifest, TaskEntry
 from tallstore.format.parsing import MAX_JSON_NBYTES
+from tallstore.format.versions import FEATURES
 
 
 def after_change(
@@ -49,7 +50,7 @@ def after_change(
         groups += made.groups
         files |= {file.path: file for file in made.files if file.path.partition("/")[0] in {"files", "groups", "tasks"}}
     return msgspec.structs.replace(
-        before,
+        before,  # whose version stays: what is new needs no other (WRITE-4)
         generator=f"tallstore {tallstore.__version__}",
         next_group=before.next_group if made is None else made.next_group,
         groups=tuple(groups),
@@ -63,13 +64,16 @@ def _remaining(before: Manifest, gone: Collection[str], came: Collection[str]) -
 
 
 class _Named(Struct):
-    """Of a task.json, what it says of companion files."""
+    """Of a task.json, what it says of companion files, unless a feature says more."""
 
+    required_features: tuple[str, ...]
     files: tuple[CompanionFile, ...]
 
 
 def named_companions(bundle: BundleFiles, gone: Collection[str]) -> frozenset[str] | None:
-    """The paths of the companion files that the tasks name which stay; None where one of those is not fetched.
+    """The paths of the companion files that the tasks name which stay; None where that is not known of one.
+
+    It is not fetched, or needs a feature that is not here.
 
     Reads their tables, if there are companion files at all.
 
@@ -88,5 +92,8 @@ def named_companions(bundle: BundleFiles, gone: Collection[str]) -> frozenset[st
                 return None
             if hash_bytes(raw).sha256 != bundle.files[path].sha256:
                 raise IntegrityError("FILE-2", path, "changed since it was written; fetch the file again")
-            paths.update(layout.companion_path(file.sha256) for file in msgspec.json.decode(raw, type=_Named).files)
+            named = msgspec.json.decode(raw, type=_Named)
+            if not FEATURES.issuperset(named.required_features):
+                return None
+            paths.update(layout.companion_path(file.sha256) for file in named.files)
     return frozenset(paths)
