@@ -278,6 +278,19 @@ def test_a_change_keeps_what_it_cannot_judge(change, tmp_path):
     assert {problem.rule for problem in tallstore.verify(bundle)} <= {"VER-4"}
 
 
+def test_metadata_of_the_users_stay_when_a_bundle_grows(tmp_path):
+    def describe(document):
+        document["metadata"] = {"licence": "CC-BY-4.0"}
+        document["tasks"][0]["metadata"] = {"org.example.owner": "somebody"}
+
+    bundle = resealed(TWO, tmp_path / "bundle", {layout.MANIFEST: describe}, version="1.0")
+    tallstore.remove(bundle, ["other"])
+    with tallstore.open_bundle(bundle) as opened:
+        assert opened.manifest.metadata == {"licence": "CC-BY-4.0"}
+        assert [task.metadata for task in opened.manifest.tasks] == [{"org.example.owner": "somebody"}]
+    assert tallstore.verify(bundle) == []
+
+
 def test_an_older_bundle_keeps_its_version_when_it_grows(monkeypatch, tmp_path):
     bundle = resealed(TWO, tmp_path / "bundle", version="1.0")
     become(monkeypatch, "1.4")
