@@ -16,8 +16,8 @@ VECTORS = Path(__file__).parents[1] / "spec" / "vectors" / "valid"
 Json = dict[str, Any]
 Edit = Callable[[Json], None]
 
-# Objects whose keys are names of the user's: `method.parameters`, `fidelity.estimates`, `chosen`.
-FREE = {"parameters", "estimates", "chosen"}
+# Objects whose keys are names of the user's: `method.parameters`, `fidelity.estimates`, `chosen`, `metadata`.
+FREE = {"parameters", "estimates", "chosen", "metadata"}
 
 
 def resealed(source: Path, target: Path, edits: dict[str, Edit] | None = None, version: str | None = None) -> Path:

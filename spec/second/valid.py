@@ -542,7 +542,21 @@ def newer_minor() -> Valid:
     return Valid(draft, "VER-1 VER-3", warns=True)
 
 
+def metadata() -> Valid:
+    """A bundle with texts of its user's, and a task with some: nobody acts on them."""
+    base = small_base()
+    group = small_group(base)
+    task = Task(group, "t")
+    for name in base.tensors:
+        task.signed(name, sides(name, base.tensor(name)))
+    draft = assemble(base, [group], [task])
+    put(MANIFEST, "metadata", value={"licence": "CC-BY-4.0", "org.example.owner": "Größe ☃", "": ""})(draft)
+    put(MANIFEST, "tasks", "t", "metadata", value={"languages": '["de", "en"]', "kind": "mask"})(draft)
+    return Valid(draft, "JSON-3")
+
+
 VALID: dict[str, Callable[[], Valid]] = {
+    "metadata": metadata,
     "worked-example": worked_example,
     **{f"merged-{dtype.lower()}": partial(merged_vector, dtype) for dtype in ("LOG4", "I8", "BF16", "F16", "F32")},
     "result-dtypes": result_dtypes,

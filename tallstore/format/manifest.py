@@ -118,6 +118,7 @@ class TaskEntry(_Part, frozen=True, kw_only=True):
         parameters: elements of all the task's tensors.
         cosine: between the task vector and its reconstruction, over all coded tensors; None where nothing is coded.
         gain: the reconstruction's projection on the task vector, as a share of it; 1 is the whole way.
+        metadata: the user's own, text by text.
     """
 
     name: TaskName
@@ -126,6 +127,7 @@ class TaskEntry(_Part, frozen=True, kw_only=True):
     parameters: Natural
     cosine: float | None
     gain: float | None
+    metadata: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 class FileEntry(_Part, frozen=True, kw_only=True):
@@ -161,6 +163,7 @@ class Manifest(_Part, frozen=True, kw_only=True):
     groups: Annotated[tuple[GroupEntry, ...], Meta(max_length=MAX_GROUPS)]
     tasks: Annotated[tuple[TaskEntry, ...], Meta(max_length=MAX_TASKS)]
     files: tuple[FileEntry, ...]
+    metadata: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 # --- base.json --------------------------------------------------------------------------------------------------------

@@ -245,8 +245,14 @@ def _unknown_keys(raw: object, parsed: object, place: str) -> Iterator[str]:
 
 
 def serialise(table: BaseTable | GroupTable | TaskTable) -> bytes:
-    """The bytes of a table: compact JSON, keys in the order of the type."""
-    return _as_it_is(table)
+    """The bytes of a table: compact JSON, keys in the order of the type.
+
+    Raises:
+        FormatError: JSON-4, they are more than any reader takes.
+    """
+    raw = _as_it_is(table)
+    _check_nbytes(raw, table.format)
+    return raw
 
 
 def serialise_manifest(manifest: Manifest) -> bytes:

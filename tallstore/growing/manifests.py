@@ -50,7 +50,7 @@ def after_change(
         groups += made.groups
         files |= {file.path: file for file in made.files if file.path.partition("/")[0] in {"files", "groups", "tasks"}}
     return msgspec.structs.replace(
-        before,
+        before,  # whose version stays: what is new needs no other (WRITE-4)
         generator=f"tallstore {tallstore.__version__}",
         next_group=before.next_group if made is None else made.next_group,
         groups=tuple(groups),
@@ -64,7 +64,7 @@ def _remaining(before: Manifest, gone: Collection[str], came: Collection[str]) -
 
 
 class _Named(Struct):
-    """Of a task.json, what it says of companion files."""
+    """Of a task.json, what it says of companion files, unless a feature says more."""
 
     required_features: tuple[str, ...]
     files: tuple[CompanionFile, ...]

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import tallstore
 from tallstore.exporting import export
-from tallstore.format import layout, versions
-from tallstore.format.parsing import parse_manifest
+from tallstore.format import layout, manifest, versions
 from tests.command_line import refused, run
 from tests.resealed import VECTORS, objects, resealed, tables, with_feature, with_key, with_keys_everywhere
 
@@ -23,10 +22,16 @@ TASK, OTHER, GROUP = "tasks/one/task.json", "tasks/other/task.json", "groups/g00
 FEATURE = "org.example.telepathy"
 
 
+def become(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    """Read and write as another version does."""
+    for module in (manifest, versions):
+        monkeypatch.setattr(module, "FORMAT_VERSION", version)
+
+
 @pytest.fixture(autouse=True)
 def released(monkeypatch):
     """A reader of version 1.0."""
-    monkeypatch.setattr(versions, "FORMAT_VERSION", "1.0")
+    become(monkeypatch, "1.0")
 
 
 def weights(path: Path, tasks: list[str] | None = None) -> dict[tuple[str, str], bytes]:
@@ -218,11 +223,77 @@ def test_an_unknown_dtype_of_the_base_refuses_every_task(tmp_path):
 # --- writers ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", [(), ("base",), ("tasks", 1), ("groups", 0), ("groups", 0, "method"), ("files", 2)])
-def test_a_manifest_is_not_changed_by_who_would_lose_a_key(place, tmp_path):
-    newer = resealed(TWO, tmp_path / "newer", {layout.MANIFEST: with_key(place)}, version="1.1")
-    raw = (newer / layout.MANIFEST).read_bytes()
-    with contextlib.suppress(tallstore.NewerFormatWarning), pytest.raises(tallstore.UnsupportedVersionError) as caught:
-        parse_manifest(raw, layout.MANIFEST, to_change=True)
+def contents(root: Path) -> dict[str, bytes]:
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def expert() -> dict[str, torch.Tensor]:
+    return load_file(TWO / "base" / "model.safetensors")
+
+
+CHANGES = {
+    "add": lambda path: tallstore.add(path, {"new": expert()}),
+    "remove": lambda path: tallstore.remove(path, ["other"]),
+    "repack": lambda path: tallstore.repack(path, {"one": expert(), "other": expert()}),
+}
+
+
+@pytest.mark.filterwarnings("ignore::tallstore.NewerFormatWarning")
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_manifest_is_not_changed_by_who_would_lose_a_key(change, tmp_path):
+    newer = resealed(TWO, tmp_path / "newer", {layout.MANIFEST: with_key(("tasks", 1))}, version="1.1")
+    before = contents(newer)
+    with pytest.raises(tallstore.UnsupportedVersionError) as caught:
+        CHANGES[change](newer)
     assert caught.value.rule == "WRITE-5"
     assert str(caught.value).endswith("of a newer version, lost if this version changed it; update tallstore [WRITE-5]")
+    assert contents(newer) == before
+
+
+@pytest.mark.filterwarnings("ignore::tallstore.NewerFormatWarning")
+@pytest.mark.parametrize("change", ["add", "remove"])
+def test_a_newer_bundle_keeps_its_version_and_the_keys_of_its_tables(change, tmp_path):
+    newer = resealed(TWO, tmp_path / "newer", {TASK: with_key(("tensors", 0))}, version="1.1")
+    table = (newer / TASK).read_bytes()
+    CHANGES[change](newer)
+    assert json.loads((newer / layout.MANIFEST).read_bytes())["format_version"] == "1.1"
+    assert (newer / TASK).read_bytes() == table
+    assert tallstore.verify(newer) == []
+
+
+@pytest.mark.parametrize("change", ["add", "remove"])
+def test_a_change_keeps_what_it_cannot_judge(change, tmp_path):
+    tables = {"tasks/cafe/task.json": with_feature(FEATURE)}
+    source = resealed(VECTORS / "companions" / "bundle", tmp_path / "source", version="1.0")
+    bundle = resealed(source, tmp_path / "bundle", tables)
+    before = contents(bundle)
+    if change == "add":
+        tallstore.add(bundle, {"new": load_file(bundle / "base" / "model.safetensors")})
+    else:
+        tallstore.remove(bundle, ["mnist"])
+    after = contents(bundle)
+    kept = {path for path in before if path.startswith(("tasks/cafe/", "files/", "groups/g0001/"))}
+    assert {path: after[path] for path in kept} == {path: before[path] for path in kept}
+    assert json.loads(after[layout.MANIFEST])["format_version"] == "1.0"
+    assert {problem.rule for problem in tallstore.verify(bundle)} <= {"VER-4"}
+
+
+def test_metadata_of_the_users_stay_when_a_bundle_grows(tmp_path):
+    def describe(document):
+        document["metadata"] = {"licence": "CC-BY-4.0"}
+        document["tasks"][0]["metadata"] = {"org.example.owner": "somebody"}
+
+    bundle = resealed(TWO, tmp_path / "bundle", {layout.MANIFEST: describe}, version="1.0")
+    tallstore.remove(bundle, ["other"])
+    with tallstore.open_bundle(bundle) as opened:
+        assert opened.manifest.metadata == {"licence": "CC-BY-4.0"}
+        assert [task.metadata for task in opened.manifest.tasks] == [{"org.example.owner": "somebody"}]
+    assert tallstore.verify(bundle) == []
+
+
+def test_an_older_bundle_keeps_its_version_when_it_grows(monkeypatch, tmp_path):
+    bundle = resealed(TWO, tmp_path / "bundle", version="1.0")
+    become(monkeypatch, "1.4")
+    tallstore.add(bundle, {"new": expert()})
+    assert json.loads((bundle / layout.MANIFEST).read_bytes())["format_version"] == "1.0"
+    assert tallstore.verify(bundle) == []

@@ -272,6 +272,13 @@ def test_a_file_over_the_limit_is_refused_before_it_is_parsed(monkeypatch):
     assert refusal(b" " * 10).rule == "JSON-1"
 
 
+def test_what_no_reader_takes_is_not_written(monkeypatch):
+    table = parse(json.dumps(TASK).encode(), TaskTable, WHERE)
+    monkeypatch.setattr(parsing, "MAX_JSON_NBYTES", 100)
+    with pytest.raises(FormatError, match=r"^tallstore\.task: has .* over the limit of 100 \[JSON-4\]$"):
+        serialise(table)
+
+
 # --- fields -----------------------------------------------------------------------------------------------------------
 
 

@@ -40,7 +40,7 @@ def test_the_names_are_these():
         "verify",
         "write_report",
     }
-    assert classes == {"Bundle", "Calibration", "Switcher", *methods, *results}
+    assert classes == {"Bundle", "Calibration", "NewerFormatWarning", "Switcher", *methods, *results}
 
 
 def error_names() -> list[str]:
