@@ -68,7 +68,7 @@ class PackReport:
         shared_nbytes: files of the shared vectors.
         bundle_nbytes: all files of the bundle, those of other groups and of tasks that are not here included.
         written_nbytes: the files that are new in it; all files of a new bundle.
-        advice: one-line hints, such as a method that would be smaller and truer.
+        advice: one-line hints, such as a method that would be smaller and truer, or that predictions probably change.
         action: whether this is a new bundle, or which change of one.
     """
 

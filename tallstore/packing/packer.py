@@ -63,6 +63,7 @@ def pack(
             takes the method's own.
         private: glob patterns of tensor names to store whole.
         key_mapping: regular expression -> replacement, from the experts' tensor names to the base's, applied in order.
+            It says what belongs together: in the bundle, and when loaded, an expert's tensors keep their own names.
         evaluate: called with a task and its reconstructed state dict, larger is better. It chooses mask_lambda where
             the method gives several, and its score is recorded.
         calibrate: a `Calibration`: tunes the gains of every coded tensor on a loss of yours, after the fit. Where it

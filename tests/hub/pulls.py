@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import traceback
@@ -92,6 +93,29 @@ def _digest(state: dict[str, Any]) -> str:
     for name, tensor in sorted(state.items()):
         digest.update(name.encode() + bytes(tensor.reshape(-1).view(dtype=tensor.dtype).numpy().tobytes()))
     return digest.hexdigest()
+
+
+def model(source: str, task: str, before: str | None = None, **options: Any) -> tuple[str, str, list[int]]:
+    """The class of a task's model, a hash of its tensors, what its tokenizer makes of a text; or of one that switched.
+
+    Args:
+        source: the bundle.
+        task: the expert's name.
+        before: the expert that the model is first.
+        options: of `open_bundle`; without any, nothing opens the bundle before.
+    """
+    from tallstore.transformers import from_bundle, tokenizer_from_bundle  # noqa: PLC0415 - needs the client's settings
+
+    opened = tallstore.open_bundle(source, **options) if options else contextlib.nullcontext(source)
+    with opened as bundle:
+        found = from_bundle(bundle, before or task)
+        if before is not None:
+            bundle.attach(found).set_expert(task)
+        return (
+            type(found).__name__,
+            _digest(found.state_dict()),
+            tokenizer_from_bundle(bundle, task)("a film").input_ids,
+        )
 
 
 def shown(source: str, **options: Any) -> tuple[str, str, Path, dict[str, bool]]:

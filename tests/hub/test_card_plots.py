@@ -254,6 +254,11 @@ def test_a_pull_leaves_them_there(push, tool, masked, tmp_path):
     assert not (tmp_path / "pulled/plots").exists()
 
 
+def test_a_repository_that_has_them_is_sound(push, tool, masked):
+    push(masked / "two", REPO)
+    tool("verify", REPO)
+
+
 def test_options_of_the_command(hub, tool, masked):
     planned = json.loads(tool("push", masked / "two", REPO, "--dry-run", "--json")[0])
     assert {*PATHS, "README.md"} <= {file["path"] for file in planned["upload"]}

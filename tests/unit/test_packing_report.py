@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tallstore
-from tallstore import TallMask
+from tallstore import LeastSquares, Localize, Sign, SignedMask, TallMask, Uniform
 from tallstore.sizes import readable
 from tests import fit_reference
 from tests.packing_cases import METHODS, base_model, experts_of, forced, normal, pack, tuned
@@ -166,6 +166,24 @@ def test_no_advice_where_the_chosen_fit_is_as_good(tmp_path):
     step = normal(300, 100, seed=1, scale=0.02)
     experts = {str(seed): {"w": base["w"] + step * (1 + seed / 10)} for seed in range(1, 5)}
     assert pack(base, experts, tmp_path / "bundle", method=TallMask()).report.advice == ()
+
+
+def test_advice_where_little_is_left_of_a_task(tmp_path):
+    """The least true task is named, and a method by its estimate; none where the fit is true."""
+    base = {"w": normal(300, 100)}
+    experts = {str(seed): tuned(base, seed) for seed in range(1, 5)}
+    report = pack(base, experts, tmp_path / "thin", method=Localize(density=0.01)).report
+    worst = min(report.tasks, key=lambda task: task.cosine)
+    assert max(task.cosine for task in report.tasks) < 0.5
+    (line,) = report.advice
+    estimate = max(worst.estimates.values(), key=lambda estimate: estimate.cosine)
+    assert line.startswith(
+        f"task {worst.name!r} (and 3 more): at cosine {worst.cosine:.2f} predictions probably change; "
+    )
+    assert line.endswith(f"would reach about {estimate.cosine:.2f} at {estimate.bits:.2f} bits a parameter")
+    for method in (SignedMask(), Uniform(levels=3), Sign(), LeastSquares(levels=2)):
+        told = pack(base, experts, tmp_path / type(method).__name__, method=method).report.advice
+        assert not any("predictions" in line for line in told)
 
 
 def test_the_report_is_json_and_a_few_lines(tmp_path):
