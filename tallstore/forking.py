@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import Final
+from collections.abc import Callable
+from functools import cached_property as cached_property_of_functools
+from typing import Any, Final, TypeVar
 from weakref import WeakSet
+
+Value = TypeVar("Value")
 
 
 def lock() -> threading.Lock:
@@ -20,6 +24,16 @@ def rlock() -> threading.RLock:
     made = threading.RLock()
     _rlocks.add(made)
     return made
+
+
+class cached_property(cached_property_of_functools[Value]):  # noqa: N801 - as Python's
+    """As Python's, of which each holds a lock before 3.12, for all objects of a class."""
+
+    def __init__(self, compute: Callable[[Any], Value]) -> None:
+        super().__init__(compute)
+        held: threading.RLock | None = getattr(self, "lock", None)
+        if held is not None:
+            _rlocks.add(held)
 
 
 _locks: Final = WeakSet[threading.Lock]()

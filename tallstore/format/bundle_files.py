@@ -6,7 +6,6 @@ import hashlib
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from tallstore import forking
 from tallstore.errors import BundleNotFoundError, FormatError, IntegrityError, UnknownTaskError
+from tallstore.forking import cached_property
 from tallstore.format import layout
 from tallstore.format.absence import Absence
 from tallstore.format.manifest import (

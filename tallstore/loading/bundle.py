@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tallstore import forking
 from tallstore.checkpoints import CheckpointSource
-from tallstore.errors import IntegrityError, OptionError
+from tallstore.errors import BundleChangedError, OptionError
 from tallstore.format.bundle_files import BundleFiles
 from tallstore.format.manifest import Manifest
 from tallstore.format.shard_reader import Verify
@@ -463,13 +463,11 @@ def _reopened(  # noqa: PLR0917 - as pickle calls it
 
     Raises:
         BundleNotFoundError, FormatError, HubError: as `open_bundle`.
-        IntegrityError: MAN-1, the bundle was changed since.
+        BundleChangedError: the bundle was changed since.
     """
     bundle = Bundle(open_files(source, access, revision, verify), base, verify, access)
     if bundle.manifest.manifest_sha256 != manifest_sha256:
-        raise IntegrityError(
-            "MAN-1", source, "the bundle was changed since it was opened; open it again, and send that"
-        )
+        raise BundleChangedError(f"{source}: the bundle was changed after it was opened; open it again, and send that")
     return bundle
 
 

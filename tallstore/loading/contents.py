@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from tallstore.forking import cached_property
 from tallstore.format.manifest import BasedTensor, BaseTensor
 from tallstore.loading.decode import copy_cast
 from tallstore.loading.expert import Expert

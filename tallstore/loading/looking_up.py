@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from functools import cached_property
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tallstore.forking import cached_property
 from tallstore.format.bits import Bytes, packed_nbytes
 from tallstore.loading.scratch import scratch
 

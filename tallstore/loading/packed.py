@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Final, Literal, TypeAlias
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tallstore.forking import cached_property
 from tallstore.format.bits import Bytes
 from tallstore.format.dtypes import CHUNK_NUMEL, Dtype, itemsize
 from tallstore.format.encodings import SHARED

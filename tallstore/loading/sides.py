@@ -10,7 +10,7 @@ it is -0.0 where a side is absent: added to any number, -0.0 changes no bit, whi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from typing import Final, NamedTuple, Protocol
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tallstore.forking import cached_property
 from tallstore.format import bits
 from tallstore.format.bits import Bytes
 from tallstore.format.encodings import LOG4_VALUES, SIGNED_VALUES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import hashlib
 import os
 import random
@@ -143,7 +144,8 @@ def forked(work: Callable[[], object]) -> int:
     if not child:
         code = 1
         with contextlib.suppress(BaseException):
-            signal.alarm(PATIENCE // 3)  # ends a child that hangs
+            faulthandler.register(signal.SIGALRM, chain=True)  # says where a child hangs, and ends it
+            signal.alarm(PATIENCE // 2)
             work()
             code = 0
         os._exit(code)

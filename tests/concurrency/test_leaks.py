@@ -53,7 +53,8 @@ class Held(NamedTuple):
 def nothing_grows(work: Callable[[int], object], count: int, what: str) -> Iterator[None]:
     """Do *work* a fifth of *count* times to begin with, and the others within the bounds of what is held then."""
     yield
-    tracemalloc.start()
+    if count >= 1000:  # it makes all that Python does take several times as long
+        tracemalloc.start()
     try:
         for number in range(count // 5):
             work(number)

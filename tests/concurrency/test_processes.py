@@ -249,7 +249,7 @@ def test_a_bundle_that_changed_meanwhile_is_refused(kinds, tmp_path):
     base = {"w": torch.zeros(64, 64)}
     experts = {"a": {"w": torch.ones(64, 64)}, "b": {"w": torch.randn(64, 64)}}
     tallstore.pack(base, experts, manifest.parent, embed_base=True)
-    with pytest.raises(tallstore.TallstoreError, match="changed since it was opened; open it again"):
+    with pytest.raises(tallstore.BundleChangedError, match="changed after it was opened; open it again"):
         pickle.loads(pickled)  # noqa: S301
 
 

@@ -63,24 +63,21 @@ def test_a_switcher_a_thread_over_one_bundle(bundle_of_either, intra_op_threads,
         at_once([partial(switches, bundle, bundle_of_either.expected, seed, count) for seed in range(THREADS)])
 
 
-@pytest.mark.parametrize("seconds", [0.5, pytest.param(30, marks=pytest.mark.slow)])
-def test_a_bundle_that_is_closed_while_others_load(bundle_of_either, intra_op_threads, seconds):
-    end = time.monotonic() + seconds
+@pytest.mark.parametrize("times", [30, pytest.param(3000, marks=pytest.mark.slow)])
+def test_a_bundle_that_is_closed_while_others_load(bundle_of_either, intra_op_threads, times):
     bundle = bundle_of_either.open()
     closed, loaded = [], []
 
     def close():
-        while time.monotonic() < end:
+        while len(loaded) < times:
             bundle.close()
             closed.append(1)
             time.sleep(0.0005)
 
     def load(task):
-        while time.monotonic() < end:
+        while len(loaded) < times or len(closed) < times // 10:
             assert state_dict(bundle, task) == bundle_of_either.expected[task]
             loaded.append(1)
 
     tasks = list(bundle_of_either.expected)
     at_once([close, *(partial(load, tasks[number % len(tasks)]) for number in range(4))])
-    assert len(closed) > 10
-    assert len(loaded) >= 4

@@ -115,16 +115,16 @@ class Reads:
 def traced(root: Path) -> Iterator[Reads]:
     """A block whose reads of files in *root* are seen, in this thread and others."""
     reads = Reads(root)
-    preadv, read, read_shard = os.preadv, safetensors_file._read, safetensors_file.read_shard
+    preadv, read, read_shard = os.preadv, safetensors_file.read_range, safetensors_file.read_shard
 
     def traced_preadv(descriptor, buffers, offset):
         count = preadv(descriptor, buffers, offset)
         reads.add(f"/proc/self/fd/{descriptor}", offset, offset + count)
         return count
 
-    def traced_read(shard, first, end, **options):
-        reads.add(str(shard.path), first, end)
-        return read(shard, first, end, **options)
+    def traced_read(path, version, first, end):
+        reads.add(str(path), first, end)
+        return read(path, version, first, end)
 
     def traced_read_shard(path):
         reads.add(str(path), 0, 8 + int.from_bytes(path.read_bytes()[:8], "little"))
@@ -132,7 +132,7 @@ def traced(root: Path) -> Iterator[Reads]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "preadv", traced_preadv)
-        patch.setattr(safetensors_file, "_read", traced_read)
+        patch.setattr(safetensors_file, "read_range", traced_read)
         patch.setattr("tallstore.checkpoints.source.read_shard", traced_read_shard)
         _OPENED.begin(reads)
         try:

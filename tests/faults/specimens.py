@@ -17,6 +17,7 @@ import tallstore
 from tallstore.errors import TallstoreError
 from tests.bundle_builder import Bundle, Group, Task
 from tests.faults.bundles import Weights, load, protected_files, same
+from tests.faults.regions import Region, traced
 from tests.packing_cases import normal
 
 SHAPE = (7, 5)
@@ -56,6 +57,20 @@ class Specimen:
         finally:
             for path in contents:
                 self._write(path, self.content[path])
+
+    @contextlib.contextmanager
+    def patched(self, path: str, start: int, data: bytes) -> Iterator[None]:
+        """Other bytes from *start* on in one file, which may be large, until the block ends."""
+        try:
+            self._put(path, start, data)
+            yield
+        finally:
+            self._put(path, start, self.content[path][start : start + len(data)])
+
+    def _put(self, path: str, start: int, data: bytes) -> None:
+        with (self.path / path).open("r+b") as file:
+            file.seek(start)
+            file.write(data)
 
     def _write(self, path: str, content: bytes) -> None:
         file = self.path / path
@@ -100,17 +115,30 @@ def specimen(root: Path, inputs: tuple[Path, Mapping[str, Path]], turns: int, **
     return specimen_of(path, None if (path / "base").exists() else inputs[0], turns)
 
 
-def every_kind(root: Path, codec: str | None) -> Bundle:
+def readers(bundle: Specimen) -> dict[str, set[str]]:
+    """The tasks whose load reads a file, as it is seen to read, by path."""
+    found: dict[str, set[str]] = {path: set() for path in bundle.content}
+    for task in bundle.weights:
+        with traced(bundle.path) as reads, tallstore.open_bundle(bundle.path, base=bundle.base) as opened:
+            opened.state_dict(task)
+        for path, content in bundle.content.items():
+            if reads.reads(Region(path, 0, len(content), "")):
+                found[path].add(task)
+    return found
+
+
+def every_kind(root: Path, codec: str | None, seed: int = 3) -> Bundle:
     """Three tasks of two groups, which have every kind of tensor, each number of bits and most dtypes; not sealed.
 
     Args:
         root: the bundle's place.
         codec: of all payloads; None pools them, all being small.
+        seed: of all numbers; names, shapes and sizes are the same.
     """
-    random_ = np.random.default_rng(3)
+    random_ = np.random.default_rng(seed)
     float32 = dict.fromkeys(("mask", "signed", "two-level", "sign", "rows", "sixteen", "head", "gone"), torch.float32)
     dtypes = {**float32, "sparse": torch.bfloat16, "three": torch.float16, "centred": torch.float64}
-    base = {name: normal(*SHAPE, seed=n).to(dtype) for n, (name, dtype) in enumerate(dtypes.items())}
+    base = {name: normal(*SHAPE, seed=100 * seed + n).to(dtype) for n, (name, dtype) in enumerate(dtypes.items())}
     base["positions"] = torch.arange(6)
     first, second = Group(root, base, 1, codec), Group(root, base, 2, codec)
     first.vector("mask", "I8", random_.integers(-127, 128, NUMEL), steps=[2.0**-8] * 7)
@@ -122,7 +150,7 @@ def every_kind(root: Path, codec: str | None) -> Bundle:
     second.vector("mask", "F16", random_.standard_normal(NUMEL))
     tasks = [Task(group, name, codec) for name, group in (("all", first), ("few", first), ("apart", second))]
     everything, few, apart = tasks
-    bits, fields = random_.integers(0, 2, NUMEL), random_.integers(-1, 2, NUMEL)
+    bits, fields = random_.permutation(np.arange(NUMEL) % 2), random_.integers(-1, 2, NUMEL)
     everything.mask("mask", bits, gains=[1.5] * 7)
     everything.signed("signed", fields)
     everything.coded("two-level", "two-level", bits, gain=0.5)
@@ -132,17 +160,17 @@ def every_kind(root: Path, codec: str | None) -> Bundle:
     everything.coded("uniform", "three", random_.integers(0, 3, NUMEL), levels=3, gain=2.0**-6)
     everything.coded("uniform", "sixteen", random_.integers(0, 16, NUMEL), levels=16, gain=2.0**-6)
     everything.coded("uniform", "centred", random_.integers(0, 4, NUMEL), levels=4, gain=2.0**-6)
-    everything.extended("head", "mask", normal(2, 5, seed=20), 7, bits, gain=0.5)
-    everything.private("own", normal(3, 4, seed=21).double())
+    everything.extended("head", "mask", normal(2, 5, seed=20 * seed), 7, bits, gain=0.5)
+    everything.private("own", normal(3, 4, seed=21 * seed).double())
     everything.private("flags", torch.tensor([True, False, True]))
     everything.same("positions")
     everything.alias("tied", "mask")
     everything.dropped("gone")
     few.mask("mask", 1 - bits)
     few.same("sign")
-    few.private("sparse", normal(*SHAPE, seed=22).bfloat16())
+    few.private("sparse", normal(*SHAPE, seed=22 * seed).bfloat16())
     apart.mask("mask", bits)
-    apart.private("whole", torch.arange(9))
+    apart.private("whole", torch.arange(9) * seed)
     return Bundle(root, base, [first, second], tasks)
 
 
