@@ -22,6 +22,17 @@ BaseInput = Annotated[
         show_default=False,
     ),
 ]
+KnownBaseInput = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="BASE",
+        help="The base that the bundle was packed from, where the bundle neither has it nor names it: a path, or a Hub"
+        " id. It is compared with the bundle's hashes.",
+        rich_help_panel=_INPUTS,
+        show_default=False,
+    ),
+]
 ExpertInput = Annotated[
     list[str] | None,
     typer.Option(
@@ -78,10 +89,12 @@ class Pairs:
     key_mapping: Mapping[str, str]
 
 
-def read_pairs(expert: Sequence[str] | None, experts: Path | None, key_mapping: Sequence[str] | None) -> Pairs:
-    """The pairs of --expert and --key-mapping; a usage error where one is none, or no expert is given at all."""
+def read_pairs(
+    expert: Sequence[str] | None, experts: Path | None, key_mapping: Sequence[str] | None, *, needed: bool = True
+) -> Pairs:
+    """The pairs of --expert and --key-mapping; a usage error where one is none, or no expert is given."""
     named = _pairs(expert or (), "--expert", "NAME=PATH")
-    if not named and experts is None:
+    if needed and not named and experts is None:
         raise typer.BadParameter(
             "give NAME=PATH for each expert, or --experts with a folder or a .toml file", param_hint="--expert"
         )
