@@ -11,7 +11,7 @@ from typing import Any
 from tallstore.errors import OptionError
 from tallstore.format import layout
 from tallstore.growing.change import changing, trying
-from tallstore.growing.manifests import after_change, named_companions
+from tallstore.growing.manifests import after_change, lost_companions
 from tallstore.sizes import readable, several
 
 
@@ -78,7 +78,7 @@ def remove(bundle: str | os.PathLike[str], tasks: Sequence[str], *, dry_run: boo
             return RemoveReport(Path(bundle), (), (), 0, dry_run)
         if len(gone) == len(before.tasks):
             raise OptionError(f"{bundle}: no task would be left; delete the directory instead")
-        after = after_change(before, gone, None, named_companions(change.bundle, gone))
+        after = after_change(before, gone, None, lost_companions(change.bundle, gone))
         kept = {file.path for file in after.files}
         freed = [file.size for file in before.files if file.path not in kept and layout.is_here(change.root, file.path)]
         change.commit(after)
