@@ -2,7 +2,7 @@
 
     python examples/add_task.py [--out DIR]
 
-Adding needs the base and the new expert alone, and touches no file of the tasks that are there: every bit of them stays.
+Adding needs the base and the new expert alone, and touches no file of the tasks that are there: no bit of them changes.
 Packing all again, as one group, needs every checkpoint; the earlier experts then change a little, since with the
 default method every expert has a part in the vector that they share.
 """
