@@ -1,10 +1,10 @@
-"""Add a task to experts that were shipped: in a bundle of its own, or by packing all of them again.
+"""Add a task to a bundle that was shipped, replace it, remove it, and make one group of all tasks again.
 
     python examples/add_task.py [--out DIR]
 
-A bundle of its own needs the base and the new expert, and touches nothing that exists. Packing again makes one bundle
-of all, and needs every checkpoint. Where the method shares a vector, as the default does, the earlier experts then
-change a little, since every expert has a part in that vector; where it shares nothing, every bit of them stays.
+Adding needs the base and the new expert alone, and touches no file of the tasks that are there: no bit of them changes.
+Packing all again, as one group, needs every checkpoint; the earlier experts then change a little, since with the
+default method every expert has a part in the vector that they share.
 """
 
 from __future__ import annotations
@@ -18,15 +18,21 @@ from torch import Tensor
 
 import tallstore
 
-SHARES_NOTHING = tallstore.Uniform(levels=3, scale="tensor")
+
+def weights(bundle: Path, base: Path, tasks: list[str]) -> list[dict[str, Tensor]]:
+    with tallstore.open_bundle(bundle, base=base) as opened:
+        return [opened.state_dict(task) for task in tasks]
 
 
-def nbytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+def same(first: list[dict[str, Tensor]], second: list[dict[str, Tensor]]) -> bool:
+    return all(torch.equal(one[name], other[name]) for one, other in zip(first, second, strict=True) for name in one)
 
 
-def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return all(torch.equal(first[name], second[name]) for name in first | second)
+def right(bundle: Path, base: Path, task: str) -> str:
+    model = digits.network()
+    with tallstore.open_bundle(bundle, base=base) as opened:
+        opened.load_into(model, task)
+    return f"{digits.accuracy(model, task):.1%} right"
 
 
 def main() -> None:
@@ -35,28 +41,29 @@ def main() -> None:
     out = parser.parse_args().out
 
     base, experts = digits.checkpoints(out)
-    *earlier, added = experts
-    shipped = {task: experts[task] for task in earlier}
-    print(
-        f"shipped: {', '.join(earlier)}; to be added: {added}, a checkpoint of {experts[added].stat().st_size:,} bytes"
-    )
-    model = digits.network()
+    *earlier, new = experts
+    bundle = out / "bundle-that-grows"
+    report = tallstore.pack(base, {task: experts[task] for task in earlier}, bundle, overwrite=True)
+    shipped = weights(bundle, base, earlier)
+    print(f"shipped: {', '.join(earlier)}, in {report.bundle_nbytes:,} bytes")
 
-    own = out / "bundle-of-one"  # of one expert, which has nothing to share
-    tallstore.pack(base, {added: experts[added]}, own, method=SHARES_NOTHING, overwrite=True)
-    with tallstore.open_bundle(own, base=base) as bundle:
-        bundle.load_into(model, added)
-    print(f"in a bundle of its own: {nbytes(own):,} bytes more, {digits.accuracy(model, added):.1%} right")
+    added = tallstore.add(bundle, {new: experts[new]}, base=base)
+    nbytes = experts[new].stat().st_size
+    kept = "every bit of the others stayed" if same(shipped, weights(bundle, base, earlier)) else "the others changed"
+    print(f"added {new}, a checkpoint of {nbytes:,} bytes: {added.written_nbytes:,} bytes more; ", end="")
+    print(f"{right(bundle, base, new)}; {kept}")
 
-    for name, method in (("sharing nothing", SHARES_NOTHING), ("by the default", tallstore.SignedMask())):
-        before, after = out / "bundle-before", out / "bundle-after"
-        tallstore.pack(base, shipped, before, method=method, overwrite=True)
-        tallstore.pack(base, experts, after, method=method, overwrite=True)
-        with tallstore.open_bundle(before, base=base) as old, tallstore.open_bundle(after, base=base) as new:
-            new.load_into(model, added)
-            kept = all(same(old.state_dict(task), new.state_dict(task)) for task in earlier)
-        print(f"all packed again, {name}: {nbytes(after) - nbytes(before):,} bytes more, ", end="")
-        print(f"{digits.accuracy(model, added):.1%} right; the earlier experts {'are the same' if kept else 'changed'}")
+    method = tallstore.Uniform(levels=8, scale="tensor")
+    truer = tallstore.add(bundle, {new: experts[new]}, base=base, method=method, replace=True)
+    (before,), (after,) = added.tasks, truer.tasks
+    print(f"replaced {new}, with eight levels: cosine {after.cosine:.3f}, where it was {before.cosine:.3f}")
+
+    print(tallstore.remove(bundle, [new]))
+
+    tallstore.add(bundle, {new: experts[new]}, base=base)
+    again = tallstore.repack(bundle, experts, base=base)
+    kept = "the others are the same" if same(shipped, weights(bundle, base, earlier)) else "the others changed a little"
+    print(f"all packed again, as one group: {again.bundle_nbytes:,} bytes; {right(bundle, base, new)}; {kept}")
 
 
 if __name__ == "__main__":

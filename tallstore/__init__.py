@@ -56,7 +56,9 @@ if TYPE_CHECKING:
         WorkerError,
     )
     from tallstore.fit import Auto, Emr, LeastSquares, Localize, Sign, SignedMask, TallMask, Uniform
-    from tallstore.growing import add, remove, repack
+    from tallstore.growing.adding import add
+    from tallstore.growing.removing import remove
+    from tallstore.growing.repacking import repack
     from tallstore.hub.checking import verify
     from tallstore.hub.pulling import pull
     from tallstore.hub.pushing import push
@@ -151,7 +153,9 @@ _HOMES: Final = {
     "Bundle": "tallstore.loading.bundle",
     "open_bundle": "tallstore.loading.bundle",
     "pull": "tallstore.hub.pulling",
-    **dict.fromkeys(("add", "remove", "repack"), "tallstore.growing"),
+    "add": "tallstore.growing.adding",
+    "remove": "tallstore.growing.removing",
+    "repack": "tallstore.growing.repacking",
     "LoadResult": "tallstore.loading.model_weights",
     "Switcher": "tallstore.loading.switching",
     "Statistics": "tallstore.inspecting.statistics",

@@ -16,6 +16,7 @@ import typer
 
 import tallstore
 from tallstore.cli.commands import (
+    add,
     compare,
     consensus,
     demo,
@@ -24,6 +25,8 @@ from tallstore.cli.commands import (
     pack,
     pull,
     push,
+    remove,
+    repack,
     report,
     statistics,
     stitch,
@@ -42,6 +45,7 @@ tallstore demo
 # a bundle from a folder of fine-tunes, and one of them back
 tallstore pack --base bert --experts fine-tunes --out bundle
 tallstore inspect bundle
+tallstore add bundle --base bert --expert mood=fine-tunes/mood
 tallstore export bundle spam --base bert --out bert-spam
 # complete commands, options and tasks with the Tab key
 tallstore --install-completion"""
@@ -176,6 +180,9 @@ def _add(command: Callable[..., None], usage: str, examples: str) -> None:
 
 
 _add(pack.pack, pack.USAGE, pack.EXAMPLES)
+_add(add.add, add.USAGE, add.EXAMPLES)
+_add(remove.remove, remove.USAGE, remove.EXAMPLES)
+_add(repack.repack, repack.USAGE, repack.EXAMPLES)
 _add(inspect.inspect, inspect.USAGE, inspect.EXAMPLES)
 _add(statistics.statistics, statistics.USAGE, statistics.EXAMPLES)
 _add(report.report, report.USAGE, report.EXAMPLES)

@@ -12,7 +12,7 @@ _SUFFIX = ".safetensors"
 _STANDARD_NAMES = tuple(name for pair in STANDARD_FILES for name in pair)
 
 
-def find_experts(directory: Path, base: str | os.PathLike[str]) -> dict[str, Path]:
+def find_experts(directory: Path, base: str | os.PathLike[str] | None) -> dict[str, Path]:
     """The experts in a folder by name, in the order of their names.
 
     Every sub-directory that holds a checkpoint is an expert of its name, and so is every .safetensors file, without the
@@ -20,7 +20,7 @@ def find_experts(directory: Path, base: str | os.PathLike[str]) -> dict[str, Pat
 
     Args:
         directory: the folder.
-        base: the base, if it is a path; anything else is ignored.
+        base: the base, if it is a path; anything else is ignored. None where it is not known.
 
     Raises:
         InputError: *directory* cannot be read, is itself a checkpoint, or holds no expert.
@@ -37,7 +37,7 @@ def find_experts(directory: Path, base: str | os.PathLike[str]) -> dict[str, Pat
         raise InputError(where, "is a checkpoint itself, not a folder of them; give the folder that it is in")
     found: dict[str, Path] = {}
     for path in entries:
-        if path.name.startswith(".") or not _is_checkpoint(path) or _is_base(path, Path(base)):
+        if path.name.startswith(".") or not _is_checkpoint(path) or (base is not None and _is_base(path, Path(base))):
             continue
         name = path.name if path.is_dir() else path.name.removesuffix(_SUFFIX)
         if name in found:

@@ -1,4 +1,4 @@
-"""A base and its experts on the command line: what `pack` and `compare` are given."""
+"""A base and its experts on the command line: what the commands are given that pack or compare some."""
 
 from __future__ import annotations
 
@@ -18,6 +18,17 @@ BaseInput = Annotated[
         metavar="BASE",
         help="What the experts were fine-tuned from: a Hugging Face directory, a .safetensors, .bin or .pt file,"
         " or a Hub id org/name[@revision].",
+        rich_help_panel=_INPUTS,
+        show_default=False,
+    ),
+]
+KnownBaseInput = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="BASE",
+        help="The base that the bundle was packed from, where the bundle neither has it nor names it: a path, or a Hub"
+        " id. It is compared with the bundle's hashes.",
         rich_help_panel=_INPUTS,
         show_default=False,
     ),
@@ -78,10 +89,12 @@ class Pairs:
     key_mapping: Mapping[str, str]
 
 
-def read_pairs(expert: Sequence[str] | None, experts: Path | None, key_mapping: Sequence[str] | None) -> Pairs:
-    """The pairs of --expert and --key-mapping; a usage error where one is none, or no expert is given at all."""
+def read_pairs(
+    expert: Sequence[str] | None, experts: Path | None, key_mapping: Sequence[str] | None, *, needed: bool = True
+) -> Pairs:
+    """The pairs of --expert and --key-mapping; a usage error where one is none, or no expert is given."""
     named = _pairs(expert or (), "--expert", "NAME=PATH")
-    if not named and experts is None:
+    if needed and not named and experts is None:
         raise typer.BadParameter(
             "give NAME=PATH for each expert, or --experts with a folder or a .toml file", param_hint="--expert"
         )
@@ -90,32 +103,44 @@ def read_pairs(expert: Sequence[str] | None, experts: Path | None, key_mapping: 
 
 def find_inputs(base: str | None, experts: Path | None, given: Pairs) -> tuple[str | Path, dict[str, str | Path]]:
     """The base, and all experts by name; a usage error where nothing names the base, or an expert comes twice."""
-    source, found = _find_experts(experts, base)
+    source, found = find_experts(base, experts, given)
+    if source is not None:
+        return source, found
+    if experts is not None and _is_list(experts):
+        raise typer.BadParameter(f'give it here, or a line base = "PATH" at the top of {experts}', param_hint="--base")
+    raise typer.BadParameter("give what the experts were fine-tuned from", param_hint="--base")
+
+
+def find_experts(
+    base: str | None, experts: Path | None, given: Pairs
+) -> tuple[str | Path | None, dict[str, str | Path]]:
+    """The base, where it is named, and all experts by name; a usage error where an expert comes twice.
+
+    Of a folder of experts, the base can only be left out where it is named.
+    """
+    source, found = _listed(base, experts)
     for name in given.experts.keys() & found.keys():
         raise typer.BadParameter(f"{name!r} is among --experts too; give it once", param_hint="--expert")
     return source, {**found, **given.experts}
 
 
-def _find_experts(experts: Path | None, base: str | None) -> tuple[str | Path, dict[str, str | Path]]:
-    """The base, and what --experts names; a usage error where nothing names the base."""
-    if experts is not None and experts.suffix == ".toml" and not experts.is_dir():
+def _listed(base: str | None, experts: Path | None) -> tuple[str | Path | None, dict[str, str | Path]]:
+    """The base, and what --experts names."""
+    if experts is None:
+        return base, {}
+    if _is_list(experts):
         from tallstore.cli.expert_file import read_expert_file  # noqa: PLC0415 - most runs need no TOML
 
         read = read_expert_file(experts)
-        source = read.base if base is None else base
-        if source is None:
-            raise typer.BadParameter(
-                f'give it here, or a line base = "PATH" at the top of {experts}', param_hint="--base"
-            )
-        return source, dict(read.experts)
-    if base is None:
-        raise typer.BadParameter("give what the experts were fine-tuned from", param_hint="--base")
-    if experts is None:
-        return base, {}
+        return (read.base if base is None else base), dict(read.experts)
 
-    from tallstore.cli.expert_folder import find_experts  # noqa: PLC0415 - torch
+    from tallstore.cli import expert_folder  # noqa: PLC0415 - torch
 
-    return base, dict(find_experts(experts, base))
+    return base, dict(expert_folder.find_experts(experts, base))
+
+
+def _is_list(experts: Path) -> bool:
+    return experts.suffix == ".toml" and not experts.is_dir()
 
 
 def _pairs(given: Iterable[str], option: str, form: str, *, last: bool = False) -> dict[str, str]:

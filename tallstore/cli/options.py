@@ -16,6 +16,9 @@ BundleArgument = Annotated[
         show_default=False,
     ),
 ]
+LocalBundleArgument = Annotated[
+    str, typer.Argument(metavar="BUNDLE", help="The bundle's directory.", show_default=False)
+]
 BaseOption = Annotated[
     str | None,
     typer.Option(

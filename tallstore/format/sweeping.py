@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from tallstore.errors import FormatError
@@ -16,7 +16,8 @@ def sweep(root: Path, manifest: Manifest) -> list[str]:
     """Delete what stands where files of the bundle at *root* may (PATH-1), and *manifest* does not list.
 
     Only plain files in plain directories; a directory ``base`` is the user's own where the base is not embedded. Who
-    calls it keeps other writers away.
+    calls it keeps other writers away. Directories of listed tasks and groups are not looked into: a change writes into
+    new ones alone, and there may be thousands of old ones.
 
     Returns:
         the paths that were deleted.
@@ -26,7 +27,8 @@ def sweep(root: Path, manifest: Manifest) -> list[str]:
     """
     listed = {file.path for file in manifest.files}
     tops = ["files", "groups", "tasks", *([layout.BASE_DIRECTORY] if manifest.base.embedded else [])]
-    there = [path for top in tops for path in _files(root, top)]
+    kept = {path.rpartition("/")[0] for path in listed}
+    there = [path for top in tops for path in _files(root, top, kept)]
     unlisted = sorted(path for path in there if path not in listed and layout.is_bundle_path(path))
     delete(root, unlisted)
     return unlisted
@@ -61,8 +63,11 @@ def _refusal(root: Path, path: str) -> OSError | None:
     return None
 
 
-def _files(root: Path, folder: str) -> Iterator[str]:
-    """Paths of the plain files below a directory of the bundle; links are not followed, empty directories removed."""
+def _files(root: Path, folder: str, kept: Collection[str]) -> Iterator[str]:
+    """Paths of the plain files in a directory of the bundle and below it, but for what is in the *kept* directories.
+
+    Links are not followed; empty directories are removed.
+    """
     place = root / folder
     if place.is_symlink() or not place.is_dir():
         return
@@ -72,7 +77,8 @@ def _files(root: Path, folder: str) -> Iterator[str]:
         with contextlib.suppress(OSError):
             place.rmdir()
     for entry in found:
-        if entry.is_dir(follow_symlinks=False):
-            yield from _files(root, f"{folder}/{entry.name}")
-        elif entry.is_file(follow_symlinks=False):
-            yield f"{folder}/{entry.name}"
+        path = f"{folder}/{entry.name}"
+        if path not in kept and entry.is_dir(follow_symlinks=False):
+            yield from _files(root, path, kept)
+        elif path not in kept and entry.is_file(follow_symlinks=False):
+            yield path

@@ -21,7 +21,7 @@ from tallstore.format.manifest import MAX_GROUP_NUMBER, BaseTable, Manifest
 from tallstore.format.parsing import parse_manifest
 from tallstore.growing.change import Change, changing, trying
 from tallstore.growing.described_base import describe
-from tallstore.growing.manifests import after_change, named_companions
+from tallstore.growing.manifests import after_change, lost_companions
 from tallstore.loading import parallel
 from tallstore.loading.pinned_base import open_base
 from tallstore.meter import Progress
@@ -166,7 +166,7 @@ def pack_group(
         raise OutputError(
             f"{change.root}: has had {MAX_GROUP_NUMBER:,} groups, and cannot have another; pack its tasks anew"
         )
-    named = named_companions(change.bundle, gone) if gone else None
+    lost = lost_companions(change.bundle, gone)
     # A caller's inference mode is not its threads', and tensors that it makes may not be written to outside of it.
     inputs.enter_context(torch.inference_mode(mode=False))
     opened = inputs.enter_context(open_base(change.bundle, base, None, f"{action}(bundle, …, base=…)"))
@@ -182,7 +182,7 @@ def pack_group(
     table = BaseTable(format="tallstore.base", tensors=tuple(tensors.values()))
     with parallel.threads() as pool:
         report = work.write(made, place, pool, table=table)
-    after = after_change(before, gone, _manifest(made), named)
+    after = after_change(before, gone, _manifest(made), lost)
     nbytes = change.commit(after, made)
     listed = {file.path for file in before.files}
     return changed(

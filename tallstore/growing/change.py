@@ -75,13 +75,11 @@ class Change:
 
     def _replace(self, after: Manifest, raw: bytes, made: Path | None) -> None:
         listed = {file.path for file in self.manifest.files}
+        coming = {file.path for file in after.files}
+        new_paths = [] if made is None else _files_below(made)
         # A companion file may be there already, for other tasks.
         fresh = [
-            file.path
-            for file in after.files
-            if made is not None
-            and layout.is_here(made, file.path)
-            and not (file.path in listed and layout.is_here(self.root, file.path))
+            path for path in new_paths if path in coming and not (path in listed and layout.is_here(self.root, path))
         ]
         place = self.root / layout.MANIFEST
         before = place.read_bytes()
@@ -108,6 +106,11 @@ class Change:
         listed = {file.path for file in there.files}
         paths = dict.fromkeys((*fresh, *(file.path for file in self.manifest.files)))
         _warn_of_refusals(self.root, lambda: delete(self.root, (path for path in paths if path not in listed)))
+
+
+def _files_below(made: Path) -> list[str]:
+    """The paths of a directory's files."""
+    return sorted(path.relative_to(made).as_posix() for path in made.rglob("*") if path.is_file())
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from tallstore.format.versions import FEATURES
 
 
 def after_change(
-    before: Manifest, gone: Collection[str], made: Manifest | None, named: frozenset[str] | None
+    before: Manifest, gone: Collection[str], made: Manifest | None, lost_files: frozenset[str]
 ) -> Manifest:
     """The manifest once some tasks are gone, and those of one new group have come.
 
@@ -29,7 +29,7 @@ def after_change(
         before: the bundle's manifest.
         gone: names of the tasks that go.
         made: a manifest of the new group alone; None where none comes.
-        named: paths of the companion files that the tasks which stay may name; None where that is not known of all.
+        lost_files: paths of companion files that no task names any more.
     """
     came = {} if made is None else {task.name: task for task in made.tasks}
     tasks = [came.pop(task.name) if task.name in came else task for task in _remaining(before, gone, came)]
@@ -43,8 +43,7 @@ def after_change(
     files = {
         file.path: file
         for file in before.files
-        if file.path.rpartition("/")[0] not in directories
-        and (named is None or not file.path.startswith("files/") or file.path in named)
+        if file.path.rpartition("/")[0] not in directories and file.path not in lost_files
     }
     if made is not None:
         groups += made.groups
@@ -70,34 +69,44 @@ class _Named(Struct):
     files: tuple[CompanionFile, ...]
 
 
-def named_companions(bundle: BundleFiles, gone: Collection[str]) -> frozenset[str] | None:
-    """The paths of the companion files that the tasks name which stay.
+def lost_companions(bundle: BundleFiles, gone: Collection[str]) -> frozenset[str]:
+    """The paths of the companion files that no task names any more; none where that cannot be known.
 
-    None where that is not known of one: it is not fetched, or needs a feature that is not here.
-
-    Reads their tables, if there are companion files at all.
+    Cost:
+        Reads the tables of the tasks that go, and those of others until each of their files was found in one: of one or
+        two where all share them, of all where a task has a file of its own.
 
     Raises:
         IntegrityError: a table is not the one that was written.
         FormatError: JSON-3, it is none.
     """
-    if not any(path.startswith("files/") for path in bundle.files):
-        return frozenset()
-    paths = set[str]()
-    for task in bundle.manifest.tasks:
-        if task.name not in gone:
-            path = layout.task_table(task.slug)
-            try:
-                raw = layout.read_bounded(bundle.root, path, MAX_JSON_NBYTES)
-            except FileNotFoundError:
-                return None
-            if hash_bytes(raw).sha256 != bundle.files[path].sha256:
-                raise IntegrityError("FILE-2", path, "changed since it was written; fetch the file again")
-            try:
-                named = msgspec.json.decode(raw, type=_Named)
-            except msgspec.MsgspecError as error:
-                raise FormatError("JSON-3", path, str(error)) from None
-            if not FEATURES.issuperset(named.required_features):
-                return None
-            paths.update(layout.companion_path(file.sha256) for file in named.files)
-    return frozenset(paths)
+    lost = set[str]()
+    for entry in (task for task in bundle.manifest.tasks if task.name in gone):
+        named = _named_by(bundle, entry)
+        lost |= {path for path in bundle.files if path.startswith("files/")} if named is None else named
+    for entry in (task for task in bundle.manifest.tasks if task.name not in gone):
+        if not lost:
+            break
+        named = _named_by(bundle, entry)
+        if named is None:
+            return frozenset()
+        lost -= named
+    return frozenset(lost)
+
+
+def _named_by(bundle: BundleFiles, entry: TaskEntry) -> set[str] | None:
+    """The companion files that a task names; None where its table is not here, or needs a feature that is not here."""
+    path = layout.task_table(entry.slug)
+    try:
+        raw = layout.read_bounded(bundle.root, path, MAX_JSON_NBYTES)
+    except FileNotFoundError:
+        return None
+    if hash_bytes(raw).sha256 != bundle.files[path].sha256:
+        raise IntegrityError("FILE-2", path, "changed since it was written; fetch the file again")
+    try:
+        named = msgspec.json.decode(raw, type=_Named)
+    except msgspec.MsgspecError as error:
+        raise FormatError("JSON-3", path, str(error)) from None
+    if not FEATURES.issuperset(named.required_features):
+        return None
+    return {layout.companion_path(file.sha256) for file in named.files}

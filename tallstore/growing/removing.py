@@ -4,39 +4,47 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tallstore.errors import OptionError
 from tallstore.format import layout
-from tallstore.growing.change import changing
-from tallstore.growing.manifests import after_change, named_companions
-from tallstore.sizes import readable
+from tallstore.growing.change import changing, trying
+from tallstore.growing.manifests import after_change, lost_companions
+from tallstore.sizes import readable, several
 
 
 @dataclass(frozen=True)
 class RemoveReport:
-    """What `remove` took out.
+    """What `remove` took out, or with `dry_run` would have taken out.
 
     Attributes:
         path: the bundle.
         tasks: their names.
         groups: ids of the groups that went with their last task, and of which the shared vectors are gone.
         nbytes: of the files that were deleted.
+        dry_run: nothing was removed.
     """
 
     path: Path
     tasks: tuple[str, ...]
     groups: tuple[str, ...]
     nbytes: int
+    dry_run: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON types."""
+        return asdict(self) | {"path": str(self.path), "tasks": list(self.tasks), "groups": list(self.groups)}
 
     def __str__(self) -> str:
         shared = f", and what only they shared ({', '.join(self.groups)})" if self.groups else ""
-        tasks = "1 task" if len(self.tasks) == 1 else f"{len(self.tasks)} tasks"
-        return f"removed {tasks}{shared}: {readable(self.nbytes)} freed"
+        tasks = several(len(self.tasks), "task")
+        verb, freed = ("would remove", "to be freed") if self.dry_run else ("removed", "freed")
+        return f"{verb} {tasks}{shared}: {readable(self.nbytes)} {freed}"
 
 
-def remove(bundle: str | os.PathLike[str], tasks: Sequence[str]) -> RemoveReport:
+def remove(bundle: str | os.PathLike[str], tasks: Sequence[str], *, dry_run: bool = False) -> RemoveReport:
     """Remove tasks from a bundle, and what no other task needs: shared vectors with their last task, companion files.
 
     No other file is touched. The bundle changes in one step: on an error, and after a crash, it is as it was, or
@@ -47,6 +55,7 @@ def remove(bundle: str | os.PathLike[str], tasks: Sequence[str]) -> RemoveReport
     Args:
         bundle: its directory.
         tasks: their names.
+        dry_run: only say what would go.
 
     Returns:
         what was removed.
@@ -61,18 +70,18 @@ def remove(bundle: str | os.PathLike[str], tasks: Sequence[str]) -> RemoveReport
     """
     if isinstance(tasks, str):
         raise OptionError(f"tasks is {tasks!r}; give a list of names")
-    with changing(bundle) as change:
+    with trying(bundle) if dry_run else changing(bundle) as change:
         before = change.manifest
         entries = [change.bundle.entry(name) for name in dict.fromkeys(tasks)]
         gone = {entry.name for entry in entries}
         if not entries:
-            return RemoveReport(Path(bundle), (), (), 0)
+            return RemoveReport(Path(bundle), (), (), 0, dry_run)
         if len(gone) == len(before.tasks):
             raise OptionError(f"{bundle}: no task would be left; delete the directory instead")
-        after = after_change(before, gone, None, named_companions(change.bundle, gone))
+        after = after_change(before, gone, None, lost_companions(change.bundle, gone))
         kept = {file.path for file in after.files}
         freed = [file.size for file in before.files if file.path not in kept and layout.is_here(change.root, file.path)]
         change.commit(after)
     remaining = {group.id for group in after.groups}
     groups = tuple(group.id for group in before.groups if group.id not in remaining)
-    return RemoveReport(Path(bundle), tuple(entry.name for entry in entries), groups, sum(freed))
+    return RemoveReport(Path(bundle), tuple(entry.name for entry in entries), groups, sum(freed), dry_run)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tallstore.meter import Progress
 from tallstore.packing.comparing import Compared, Comparison, compare
-from tallstore.packing.outcome import PackedTask, PackReport
+from tallstore.packing.outcome import Action, PackedTask, PackReport
 from tallstore.packing.packer import pack
 from tallstore.packing.recipe import Evaluate
 
-__all__ = ["Compared", "Comparison", "Evaluate", "PackReport", "PackedTask", "Progress", "compare", "pack"]
+__all__ = ["Action", "Compared", "Comparison", "Evaluate", "PackReport", "PackedTask", "Progress", "compare", "pack"]

@@ -105,17 +105,20 @@ def test_evaluate_scores_every_task_and_is_a_gate(shipped, out):
         assert (f"{task}: agrees on {agreement}%, less than 100.0%" in refused.stderr) == (agreement < 100), task
 
 
-def test_add_task_tells_what_each_way_costs(shipped, out):
-    first, *ways = run("add_task.py", out).stdout.splitlines()
-    (checkpoint,) = re.findall(r"checkpoint of ([\d,]+) bytes", first)
-    for way in ways:
-        (more,) = re.findall(r"([\d,]+) bytes more", way)
-        assert int(more.replace(",", "")) < int(checkpoint.replace(",", "")) / 10
-        assert percentages(way)[0] > 90
-    own, nothing_shared, default = ways
-    assert own.startswith("in a bundle of its own")
-    assert nothing_shared.endswith("are the same")
-    assert default.endswith("changed")
+def test_add_task_grows_a_bundle_and_tells_what_each_step_costs(shipped, out):
+    packed, added, replaced, removed, again = run("add_task.py", out).stdout.splitlines()
+    assert packed.startswith(f"shipped: {', '.join(TASKS[:-1])}, in ")
+    checkpoint, more = (int(number.replace(",", "")) for number in re.findall(r"([\d,]+) bytes", added))
+    assert more < checkpoint / 10
+    assert percentages(added)[0] > 90
+    assert added.endswith("every bit of the others stayed")
+    truer, before = map(float, re.findall(r"0\.\d+", replaced))
+    assert truer > before
+    assert removed.startswith("removed 1 task, ")
+    assert removed.endswith(" kB freed")
+    assert percentages(again)[0] > 90
+    assert again.endswith("the others changed a little")
+    assert tallstore.verify(out / "bundle-that-grows") == []
 
 
 def test_every_epoch_of_a_training_loop_comes_back(shipped, out):

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 import tallstore
 from tallstore.files import hash_bytes
+from tallstore.format import layout
 from tallstore.format.bundle_files import BundleFiles
 from tallstore.format.manifest import FileEntry
 from tallstore.format.parsing import serialise_manifest
@@ -141,15 +142,39 @@ def test_what_is_not_there_is_refused_and_nothing_goes(tmp_path):
     assert state(bundle) == before
 
 
+def with_config(folder, seed, config):
+    folder.mkdir()
+    save_file(expert(seed), folder / "model.safetensors")
+    (folder / "config.json").write_text(config)
+    return folder
+
+
 def test_a_changed_table_of_a_task_that_stays_is_found_before_anything_goes(tmp_path):
-    (tmp_path / "one").mkdir()
-    save_file(expert(1), tmp_path / "one" / "model.safetensors")
-    (tmp_path / "one" / "config.json").write_text("{}")
+    experts = {name: with_config(tmp_path / name, seed, "{}") for seed, name in enumerate(("one", "two"), start=1)}
     bundle = tmp_path / "bundle"
-    tallstore.pack(BASE, {"one": tmp_path / "one", "two": expert(2)}, bundle)
+    tallstore.pack(BASE, experts, bundle)
     table = bundle / "tasks" / "one" / "task.json"
     table.write_bytes(table.read_bytes().replace(b"config", b"confIg"))
     before = state(bundle)
     with pytest.raises(tallstore.IntegrityError, match="FILE-2"):
         tallstore.remove(bundle, ["two"])
     assert state(bundle) == before
+
+
+def test_tables_are_read_until_each_file_was_found_with_a_task_that_stays(tmp_path, monkeypatch):
+    configs = {"one": "{}", "two": '{"own": 2}', "three": "{}", "four": "{}"}
+    experts = {
+        name: with_config(tmp_path / name, seed, config) for seed, (name, config) in enumerate(configs.items(), start=1)
+    }
+    bundle = tmp_path / "bundle"
+    tallstore.pack(BASE, experts, bundle)
+    read = []
+    real = layout.read_bounded
+    monkeypatch.setattr(layout, "read_bounded", lambda root, path, *rest: read.append(path) or real(root, path, *rest))
+    tallstore.remove(bundle, ["four"])  # the first task has its file
+    assert [path.split("/")[1] for path in read if path.startswith("tasks/")] == ["four", "one"]
+    read.clear()
+    tallstore.remove(bundle, ["two"])  # no other task has it: all were asked
+    assert [path.split("/")[1] for path in read if path.startswith("tasks/")] == ["two", "one", "three"]
+    assert len(list((bundle / "files").iterdir())) == 1
+    assert tallstore.verify(bundle) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from typing import Final
 
 from rich.console import Console
 from rich.text import Text
@@ -13,19 +14,27 @@ from tallstore.cli.figures import listed, number, several
 from tallstore.cli.hints import in_options
 from tallstore.cli.tables import Column, print_table
 from tallstore.cli.views.bundle import score_column
-from tallstore.packing import PackedTask, PackReport
+from tallstore.packing import Action, PackedTask, PackReport
 from tallstore.sizes import readable
 
+_VERBS: Final[dict[Action, tuple[str, str]]] = {
+    "pack": ("packed", "into"),
+    "add": ("added", "to"),
+    "repack": ("repacked", "in"),
+}
 
-def print_packed(report: PackReport, *, embedded: bool) -> None:
-    """A sentence, a row a task, and the hints; *embedded*: whether the base is in the bundle."""
+
+def print_packed(report: PackReport, *, embedded: bool = False) -> None:
+    """A sentence, a row a task, and the hints; *embedded*: whether the base is in a new bundle."""
     console = terminal.output()
     before = report.checkpoints_nbytes + (report.base_nbytes if embedded else 0)
-    verb = "would pack" if report.dry_run else "packed"
+    past, where = _VERBS[report.action]
+    verb = f"would {report.action}" if report.dry_run else past
     what = f"{several(len(report.tasks), 'task')}{' and their base' if embedded else ''}"
+    now = "" if report.action == "pack" else f"; the bundle has {readable(report.bundle_nbytes)}"
     console.print(
-        f"{verb} {what} into {report.path} with {report.method}: {readable(before)} of checkpoints"
-        f" in {readable(report.bundle_nbytes)}, {before / max(1, report.bundle_nbytes):.1f} times smaller"
+        f"{verb} {what} {where} {report.path} with {report.method}: {readable(before)} of checkpoints in"
+        f" {readable(report.written_nbytes)}, {before / max(1, report.written_nbytes):.1f} times smaller{now}"
     )
     tasks = report.tasks
     print_table(
