@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from tallstore.errors import OutputError
-from tallstore.locking import lock_directory, remove_held, sign, unsign
+from tallstore.locking import lock_directory, lock_file, remove_held, sign, unsign
 
 if sys.platform != "win32":
     import fcntl
@@ -48,24 +48,50 @@ def write_file(path: Path, *parts: bytes | Path) -> Written:
 
 
 def write_stream(path: Path, size: int, pieces: Iterable[bytes]) -> Written:
-    """Write *pieces*, *size* bytes together, to *path*: staged, flushed to the disk, renamed."""
+    """Write *pieces*, *size* bytes together, to *path*: staged, flushed to the disk, renamed.
+
+    Raises:
+        OutputBusyError: somebody else is writing to *path*.
+        OutputError: *pieces* are not as many bytes.
+    """
     sha256, sha1 = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    with _staged_file(path) as file:
+        for piece in pieces:
+            sha256.update(piece)
+            sha1.update(piece)
+            file.write(piece)
+        if file.tell() != size:
+            raise OutputError(f"{path}: {file.tell()} bytes came where {size} were due; did an input change?")
+    return Written(size, sha256.hexdigest(), sha1.hexdigest())
+
+
+@contextlib.contextmanager
+def _staged_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to fill beside *path*, which takes its place when the block ends without an error; else it is removed.
+
+    It is locked meanwhile; what a killed process left there is used again.
+
+    Raises:
+        OutputBusyError: somebody else is filling it.
+    """
     staged = path.with_name(path.name + ".partial")
-    try:
-        with staged.open("wb") as file:
-            for piece in pieces:
-                sha256.update(piece)
-                sha1.update(piece)
-                file.write(piece)
+    keeps_open = sys.platform != "win32"  # which neither renames nor removes what is open
+    with contextlib.ExitStack() as later, lock_file(staged, path) as file:
+        try:
+            os.truncate(file.fileno(), 0)
+            yield file
             file.flush()
             os.fsync(file.fileno())
-            if file.tell() != size:
-                raise OutputError(f"{path}: {file.tell()} bytes came where {size} were due; did an input change?")
-        staged.replace(path)
-    except BaseException:
-        staged.unlink(missing_ok=True)
-        raise
-    return Written(size, sha256.hexdigest(), sha1.hexdigest())
+            if keeps_open:
+                staged.replace(path)
+            else:
+                later.callback(staged.replace, path)
+        except BaseException:
+            if keeps_open:
+                staged.unlink(missing_ok=True)
+            else:
+                later.callback(staged.unlink, missing_ok=True)
+            raise
 
 
 def hash_file(path: Path, advance: Callable[[int], None] | None = None) -> Written:
@@ -135,7 +161,8 @@ def writing(target: Path) -> Iterator[None]:
     except OSError as error:
         if error.filename is not None:
             place = Path(os.fsdecode(error.filename))
-            if not any(path in (place, *place.parents) for path in (target, _staging(target))):
+            own = (target, _staging(target), _aside(target))
+            if place != target.parent and not any(path in (place, *place.parents) for path in own):
                 raise
         reason = error.strerror or str(error)
         raise OutputError(f"{target}: cannot be written ({reason}); make room there, or choose another place") from None
@@ -160,7 +187,7 @@ def staged_directory(target: Path) -> Iterator[Path]:
         lock = _hold(staging, target)
         with writing(target):
             _take_back(target)
-            _refuse_read_only(target)
+            refuse_read_only(target)
             _clear(staging)
             sign(staging)
         yield staging
@@ -298,8 +325,8 @@ def _clear(staging: Path) -> None:
             entry.unlink()
 
 
-def _refuse_read_only(target: Path) -> None:
-    """Refuse to replace a directory that could not be removed then.
+def refuse_read_only(target: Path) -> None:
+    """Refuse to write to a directory, or to replace it, that could not be changed or removed; it need not be there.
 
     Raises:
         OutputError: it, or one in it, may not be written to.
@@ -313,10 +340,8 @@ def replace_directory(staged: Path, target: Path) -> None:
     """Put a directory in the place of *target*, which is removed, in one step. Who calls it keeps other writers away.
 
     Raises:
-        OutputError: *target* is read-only.
         OSError: the system refuses.
     """
-    _refuse_read_only(target)
     for directory, _, _ in os.walk(staged):
         sync_directory(Path(directory))
     _put_in_place(staged, target)

@@ -1,4 +1,4 @@
-"""Who is writing to a place: a directory that only one process may fill at a time, and word of who that is."""
+"""Who is writing to a place: a directory or a file that only one process may fill, and word of who that is."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import BinaryIO
 
 from tallstore.errors import OutputBusyError
 
@@ -52,6 +53,24 @@ def lock_directory(staging: Path, target: Path) -> int | None:
         return descriptor
 
 
+def lock_file(staged: Path, path: Path) -> BinaryIO:
+    """The file at *staged*, which will be *path*, open for writing, locked until it is closed.
+
+    Raises:
+        OutputBusyError: another process is writing it.
+        OSError: it cannot be opened.
+    """
+    while True:
+        file = os.fdopen(os.open(staged, os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "wb")
+        try:
+            if not _flock(file.fileno()) or is_held(staged, file.fileno()):
+                return file
+        except BlockingIOError:
+            file.close()
+            raise OutputBusyError(f"{path}: somebody else is writing it; wait, or choose another place") from None
+        file.close()  # it was put in its place before it was locked: make a new one
+
+
 def sign(staging: Path) -> None:
     """Leave word of who fills a directory, for whom it keeps away."""
     now = datetime.now(timezone.utc).astimezone()
@@ -72,11 +91,13 @@ def _holder(staging: Path) -> str:
 
 
 def _flock(descriptor: int) -> bool:
-    """Lock a directory; whether its file system has locks.
+    """Lock a file or a directory; whether its file system has locks.
 
     Raises:
         BlockingIOError: another process has locked it.
     """
+    if sys.platform == "win32":
+        return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -87,7 +108,7 @@ def _flock(descriptor: int) -> bool:
 
 
 def is_held(staging: Path, lock: int | None) -> bool:
-    """Whether the directory that *lock* was taken on is still the one named *staging*."""
+    """Whether the file or directory that *lock* was taken on is still the one named *staging*."""
     if lock is None:
         return True
     try:

@@ -153,8 +153,10 @@ class _Directory:
 
         Raises:
             OutputExistsError: something else is in the directory.
+            OutputError: it is read-only.
             TallstoreError: as `pull`.
         """
+        files.refuse_read_only(self._target)
         before = self._before()
         needed = self._gather([*names, *self._kept(before)], progress)
         with files.writing(self._target):

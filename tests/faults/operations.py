@@ -124,6 +124,10 @@ class Operation:
         """Whether nothing was done."""
         return all(self._look(target) == old for target, (old, _) in self._states.items())
 
+    def is_new(self) -> bool:
+        """Whether everything was done."""
+        return all(self._look(target) == new for target, (_, new) in self._states.items())
+
     def is_clean(self) -> bool:
         """Whether nothing is there but what is there before or after: no staging, no scratch."""
         before = set() if self.before is None else set(everything(self.before))
