@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterable
 
 import msgspec
@@ -77,12 +78,14 @@ def lost_companions(bundle: BundleFiles, gone: Collection[str]) -> frozenset[str
         two where all share them, of all where a task has a file of its own.
 
     Raises:
-        IntegrityError: a table is not the one that was written.
+        IntegrityError: the table of a task that stays is not the one that was written.
         FormatError: JSON-3, it is none.
     """
     lost = set[str]()
     for entry in (task for task in bundle.manifest.tasks if task.name in gone):
-        named = _named_by(bundle, entry)
+        named = None
+        with contextlib.suppress(FormatError):  # what is damaged may go
+            named = _named_by(bundle, entry)
         lost |= {path for path in bundle.files if path.startswith("files/")} if named is None else named
     for entry in (task for task in bundle.manifest.tasks if task.name not in gone):
         if not lost:
@@ -95,7 +98,7 @@ def lost_companions(bundle: BundleFiles, gone: Collection[str]) -> frozenset[str
 
 
 def _named_by(bundle: BundleFiles, entry: TaskEntry) -> set[str] | None:
-    """The companion files that a task names; None where its table is not here, or needs a feature that is not here."""
+    """The companion files that a task names; None where its table is not here, or needs a feature that this lacks."""
     path = layout.task_table(entry.slug)
     try:
         raw = layout.read_bounded(bundle.root, path, MAX_JSON_NBYTES)

@@ -178,3 +178,13 @@ def test_tables_are_read_until_each_file_was_found_with_a_task_that_stays(tmp_pa
     assert [path.split("/")[1] for path in read if path.startswith("tasks/")] == ["two", "one", "three"]
     assert len(list((bundle / "files").iterdir())) == 1
     assert tallstore.verify(bundle) == []
+
+
+def test_a_task_whose_table_is_damaged_can_be_removed(tmp_path):
+    experts = {name: with_config(tmp_path / name, seed, "{}") for seed, name in enumerate(("one", "two"), start=1)}
+    bundle = tmp_path / "bundle"
+    tallstore.pack(BASE, experts, bundle)
+    (bundle / "tasks/two/task.json").write_bytes(b"{}")
+    tallstore.remove(bundle, ["two"])
+    assert len(list((bundle / "files").iterdir())) == 1
+    assert tallstore.verify(bundle) == []
