@@ -115,7 +115,7 @@ def _predicted(job: Job, method: Method, dtype: SharedDtype) -> Fidelity | None:
 
 
 def advise(job: Job, method: Method, dtype: SharedDtype, tasks: Sequence[PackedTask]) -> tuple[str, ...]:
-    """What to say of a pack; a line at most.
+    """What to say of a pack: which tasks are no fine-tunes, and what would serve the others better.
 
     Args:
         job: what was packed.
@@ -123,6 +123,13 @@ def advise(job: Job, method: Method, dtype: SharedDtype, tasks: Sequence[PackedT
         dtype: of the shared vectors.
         tasks: what came of it.
     """
+    same = [task.name for task in tasks if not task.coded_numel and not task.whole]
+    slips = [f"task {name!r} equals the base in every tensor; leave it out if it is the base" for name in same]
+    return (*slips, *_better(job, method, dtype, tasks))
+
+
+def _better(job: Job, method: Method, dtype: SharedDtype, tasks: Sequence[PackedTask]) -> tuple[str, ...]:
+    """A line at most."""
     measured = [task for task in tasks if task.cosine is not None and "sign" in task.estimates]
     here = mean((task.cosine, task.bits) for task in measured)
     if here is None:
