@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -91,7 +92,8 @@ def export(
     """
     target = Path(out)
     expert = _files(bundle).task(task)
-    _check_output(target, (bundle.path, *map(Path, inputs)), overwrite=overwrite)
+    with files.writing(target):
+        _check_output(target, (bundle.path, *map(Path, inputs)), overwrite=overwrite)
     return _write(bundle, expert, target, max_shard_nbytes, _meter([expert], progress))
 
 
@@ -132,7 +134,8 @@ def export_all(
         raise NotFetchedError(f"{bundle.path}: {count} ({_listed(absent)}); fetch them, or export the others by name")
     targets = [Path(out) / entry.slug for entry in entries]
     for target in targets:
-        _check_output(target, (bundle.path, *map(Path, inputs)), overwrite=overwrite)
+        with files.writing(target):
+            _check_output(target, (bundle.path, *map(Path, inputs)), overwrite=overwrite)
     experts = tables.tables_of(entry.name for entry in entries)
     meter = _meter(experts, progress)
     return tuple(
@@ -165,14 +168,17 @@ def export_merged(
         OutputError, BaseError: as `export`.
     """
     target = Path(out)
-    _check_output(target, (bundle.path, *map(Path, inputs)), overwrite=overwrite)
+    with files.writing(target):
+        _check_output(target, (bundle.path, *map(Path, inputs)), overwrite=overwrite)
     weights = merge()
     specs = {key: TensorSpec(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in weights.items()}
 
     def read(key: str) -> Iterator[bytes]:
         yield from _pieces(weights[key])
 
-    carried = companions(bundle.base_directory)
+    base = bundle.base_directory
+    with contextlib.nullcontext() if base is None else reading(base, "the base"):
+        carried = companions(base)
     with files.staged_directory(target) as staged, files.writing(Path(os.path.realpath(target))):
         written = checkpoint_writer.write_checkpoint(staged, specs, read, max_shard_nbytes=max_shard_nbytes)
         nbytes = sum(file.size for file in written.values())
@@ -280,7 +286,7 @@ def _copy_companion(file: CompanionFile, source: Path, directory: Path) -> None:
     try:
         written = files.write_file(destination, source)
     except OSError as error:
-        if error.filename == str(source):
+        if error.filename is not None and os.fsdecode(error.filename) == str(source):
             raise layout.unreadable(path, error) from None
         raise
     if (written.size, written.sha256) != (file.size, file.sha256):

@@ -309,6 +309,13 @@ def _hold(staging: Path, target: Path) -> int | None:
         raise OutputError(f"{target}: cannot write beside it ({error.strerror}); choose another place") from None
 
 
+def _delete(directory: Path) -> None:
+    """Remove a directory, as far as the system lets; what is left, the next writer removes."""
+    for _ in range(2):  # where something passed, the second time does what the first did not
+        if os.path.lexists(directory):
+            shutil.rmtree(directory, ignore_errors=True)
+
+
 def _is_bare(staging: Path) -> bool:
     """Whether nothing was put into a directory: only hidden files are in it, or it is not there."""
     try:
@@ -355,7 +362,7 @@ def _put_in_place(staging: Path, target: Path) -> None:
     # The old directory is removed under the staging name: locked, so that no other writer takes it for its own.
     with _locked(target):
         if _exchange(staging, target):
-            shutil.rmtree(staging, ignore_errors=True)
+            _delete(staging)
         else:
             _step_aside(staging, target)
 
@@ -366,7 +373,7 @@ def _step_aside(staging: Path, target: Path) -> None:
     try:
         target.replace(aside)
         staging.replace(target)
-        shutil.rmtree(aside, ignore_errors=True)
+        _delete(aside)
     except BaseException:
         _take_back(target)
         raise
@@ -378,7 +385,7 @@ def _take_back(target: Path) -> None:
     if not aside.is_dir() or aside.is_symlink():
         return
     if target.exists():
-        shutil.rmtree(aside, ignore_errors=True)
+        _delete(aside)
     else:
         aside.replace(target)
 

@@ -131,7 +131,7 @@ def resolve(root: Path, path: str) -> Path:
 
     Raises:
         FormatError: PATH-1, *path* is outside the grammar; PATH-2, something on the way or at its end is not a plain
-            directory or file.
+            directory or file; FILE-4, the system cannot tell.
         FileNotFoundError: there is nothing at *path*.
     """
     if path != MANIFEST and not is_bundle_path(path):
@@ -140,7 +140,8 @@ def resolve(root: Path, path: str) -> Path:
     segments = path.split("/")
     for depth, segment in enumerate(segments, start=1):
         place = place / segment
-        mode = os.lstat(place).st_mode
+        with readable(path):
+            mode = os.lstat(place).st_mode
         is_last = depth == len(segments)
         expected = stat.S_ISREG(mode) if is_last else stat.S_ISDIR(mode)
         if not expected and not (is_last and stat.S_ISLNK(mode) and _leads_to_blob(root, path)):

@@ -120,7 +120,8 @@ class LocalFile:
 
     def version(self) -> Hashable:
         """Size and times of change: one of the two times cannot be set back."""
-        status = os.fstat(self._file.fileno())
+        with layout.readable(self.where):
+            status = os.fstat(self._file.fileno())
         return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
     def close(self) -> None:

@@ -12,12 +12,17 @@ from tallstore.format import layout
 from tallstore.format.manifest import Manifest
 
 
-def sweep(root: Path, manifest: Manifest) -> list[str]:
+def sweep(root: Path, manifest: Manifest, *, but_for_listed: bool = False) -> list[str]:
     """Delete what stands where files of the bundle at *root* may (PATH-1), and *manifest* does not list.
 
     Only plain files in plain directories; a directory ``base`` is the user's own where the base is not embedded. Who
-    calls it keeps other writers away. Directories of listed tasks and groups are not looked into: a change writes into
-    new ones alone, and there may be thousands of old ones.
+    calls it keeps other writers away.
+
+    Args:
+        root: the bundle's directory.
+        manifest: what stays.
+        but_for_listed: do not look into the directories of listed tasks and groups, of which there may be thousands:
+            what adds and removes tasks leaves nothing there.
 
     Returns:
         the paths that were deleted.
@@ -27,7 +32,7 @@ def sweep(root: Path, manifest: Manifest) -> list[str]:
     """
     listed = {file.path for file in manifest.files}
     tops = ["files", "groups", "tasks", *([layout.BASE_DIRECTORY] if manifest.base.embedded else [])]
-    kept = {path.rpartition("/")[0] for path in listed}
+    kept = {path.rpartition("/")[0] for path in listed} if but_for_listed else set[str]()
     there = [path for top in tops for path in _files(root, top, kept)]
     unlisted = sorted(path for path in there if path not in listed and layout.is_bundle_path(path))
     delete(root, unlisted)

@@ -128,7 +128,7 @@ def changing(bundle: str | os.PathLike[str]) -> Iterator[Change]:
         found: list[BundleFiles] = []
         room = opened.enter_context(files.room_beside(root, lambda: found.append(_open(root))))
         _refuse_unwritable(root)
-        _warn_of_refusals(root, lambda: sweep(root, found[0].manifest))
+        _warn_of_refusals(root, lambda: sweep(root, found[0].manifest, but_for_listed=True))
         opened.enter_context(contextlib.closing(found[0]))
         yield Change(root, found[0], room, is_trial=False)
 

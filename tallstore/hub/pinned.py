@@ -291,7 +291,8 @@ def _download_manifest(where: str, repo_id: str, revision: str | None, access: A
 
 def _check_manifest(where: str, manifest: Path, head: _Head) -> None:
     """A manifest that was changed on its way, or in the cache, may be sealed as well as the true one."""
-    written = hash_file(manifest)
+    with layout.readable(layout.MANIFEST):
+        written = hash_file(manifest)
     if written.size != head.size or head.etag not in {written.sha256, written.git_oid}:
         discard(manifest)
         problem = "is not the file that the Hub has; it was removed from the cache, try again"

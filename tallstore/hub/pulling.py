@@ -156,8 +156,9 @@ class _Directory:
             OutputError: it is read-only.
             TallstoreError: as `pull`.
         """
-        files.refuse_read_only(self._target)
-        before = self._before()
+        with files.writing(self._target):
+            files.refuse_read_only(self._target)
+            before = self._before()
         needed = self._gather([*names, *self._kept(before)], progress)
         with files.writing(self._target):
             self._move_in(needed, before)
@@ -220,8 +221,10 @@ class _Directory:
 
     def _gather(self, names: Sequence[str], progress: Progress | None) -> list[FileEntry]:
         """Have what the directory lacks beside it; what that is."""
-        needed = [entry for entry in _entries(self._bundle, names) if self._again or not _is_right(self._target, entry)]
-        missing = [entry for entry in needed if not self._is_gathered(entry)]
+        entries = _entries(self._bundle, names)
+        with files.writing(self._target):
+            needed = [entry for entry in entries if self._again or not _is_right(self._target, entry)]
+            missing = [entry for entry in needed if not self._is_gathered(entry)]
         repository = self._snapshot.repository
         if missing and repository.access.is_offline:
             self._snapshot.have(missing)  # says which one is not there
@@ -244,15 +247,14 @@ class _Directory:
         copy.unlink(missing_ok=True)
         if self._again or not layout.is_here(self._snapshot.root, entry.path):
             return False
-        with files.writing(self._target):
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            files.write_file(copy, self._snapshot.root / entry.path)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        files.write_file(copy, self._snapshot.root / entry.path)
         return _is_right(self._gathered, entry)
 
     # --- into the directory ---
 
     def _move_in(self, needed: Sequence[FileEntry], before: Manifest | None) -> None:
-        """Move what was gathered; the manifest last, for it says that everything else is there."""
+        """Move what was gathered into the directory: all in one step, where its manifest is to be another."""
         repository = self._snapshot.repository
         manifest = self._bundle.manifest
         origin = serialise_origin(Origin(repository.repo_id, repository.sha, manifest.manifest_sha256))
@@ -262,16 +264,14 @@ class _Directory:
         paths = [*(entry.path for entry in needed), ORIGIN]
         for path in paths:
             files.sync_file(self._gathered / path)
-        listed = {} if before is None else {file.path: file.sha256 for file in before.files}
-        if before is None or any(listed.get(entry.path, entry.sha256) != entry.sha256 for entry in needed):
+        if before is None or before.manifest_sha256 != manifest.manifest_sha256:
             self._replace([*paths, layout.MANIFEST])
         else:
             files.move_in(self._gathered, self._target, paths)
-            files.move_in(self._gathered, self._target, [layout.MANIFEST])
             sweep(self._target, manifest)
 
     def _replace(self, paths: Sequence[str]) -> None:
-        """Replace the directory in one step: there is none, or files in it are to be others than its manifest says.
+        """Replace the directory in one step.
 
         What is the user's own is in the new one as it was: linked, so that nothing is copied.
         """

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from tallstore.errors import NotFetchedError, UnsupportedFeatureError
+from tallstore.files import writing as writing_to
 from tallstore.format.bundle_files import BundleFiles
 from tallstore.format.owners import Task
 from tallstore.hub.opening import open_files
@@ -55,7 +56,8 @@ def write_report(
         HubError: the Hub refuses, or cannot be reached.
     """
     target = Path(out)
-    writing.check(target, overwrite=overwrite)
+    with writing_to(target):
+        writing.check(target, overwrite=overwrite)
     with contextlib.closing(open_files(path_or_repo_id, Access(token, cache_dir), revision)) as files:
         writing.check_outside(target, files.root)
         if files.brings:

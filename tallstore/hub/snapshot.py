@@ -78,7 +78,8 @@ class Snapshot:
             place = layout.resolve(self.root, entry.path)
         except FileNotFoundError:
             return False
-        is_right = transfer.difference(place, entry) is None if check else place.stat().st_size == entry.size
+        with layout.readable(entry.path):
+            is_right = transfer.difference(place, entry) is None if check else place.stat().st_size == entry.size
         if not is_right and not self.repository.access.is_offline:
             discard(place)
         return is_right

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from tallstore.errors import FormatError, IntegrityError, OutputError
 from tallstore.files import hash_file
+from tallstore.format import layout
 from tallstore.format.manifest import FileEntry
 from tallstore.hub.bars import StoppedError, bar_class
 from tallstore.hub.changes import RemoteFile
@@ -80,10 +81,12 @@ def _download_one(repository: PinnedRepository, entry: FileEntry, bar: type[Any]
 
 def difference(place: Path, entry: FileEntry) -> tuple[str, str] | None:
     """The rule that a file breaks, and how; None where it is the manifest's. Reads it, unless its size is wrong."""
-    size = place.stat().st_size
-    if size != entry.size:
-        return "FILE-1", f"came with {size} bytes, the manifest says {entry.size}"
-    if hash_file(place).sha256 != entry.sha256:
+    with layout.readable(entry.path):
+        size = place.stat().st_size
+        if size != entry.size:
+            return "FILE-1", f"came with {size} bytes, the manifest says {entry.size}"
+        sha256 = hash_file(place).sha256
+    if sha256 != entry.sha256:
         return "FILE-2", "came with another sha256 than the manifest says"
     return None
 

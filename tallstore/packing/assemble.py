@@ -19,7 +19,7 @@ from tallstore.format import layout, parsing
 from tallstore.format import manifest as tables
 from tallstore.format.bits import Bytes
 from tallstore.format.dtypes import CHUNK_NUMEL
-from tallstore.packing.companions import companions, companions_of, reading
+from tallstore.packing.companions import companions_of, reading
 from tallstore.packing.fidelity import combine
 from tallstore.packing.group import GroupPacker, GroupTask
 from tallstore.packing.task_progress import TaskProgress
@@ -49,7 +49,7 @@ def write_base(base: Checkpoint, table: tables.BaseTable, root: Path, *, embed: 
             directory, specs, lambda name: _hashed_chunks(base, name, hashes[name])
         ).items():
             written[f"{layout.BASE_DIRECTORY}/{name}"] = file
-        for name, path in companions(base.directory).items():
+        for name, path in companions_of(base, base.where).items():
             if "/" not in name:  # base/ is flat
                 with reading(path, base.where):
                     written[f"{layout.BASE_DIRECTORY}/{name}"] = files.write_file(directory / name, path)
@@ -113,7 +113,7 @@ def write_task(
     slug = task.slug
     written = {f"{layout.task_directory(slug)}/{name}": file for name, file in by_name.items()}
     carried = []
-    for name, source in companions_of(task.expert.checkpoint).items():
+    for name, source in companions_of(task.expert.checkpoint, task.expert.where).items():
         with reading(source, task.expert.where):
             file = files.hash_file(source)
             stored = layout.companion_path(file.sha256)

@@ -67,14 +67,18 @@ def _start(path: Path) -> bytes:
     return b""
 
 
-def companions_of(checkpoint: Checkpoint) -> Mapping[str, Path]:
+def companions_of(checkpoint: Checkpoint, where: str) -> Mapping[str, Path]:
     """The companion files of a checkpoint: those that it says it has, or those of its directory.
 
     Raises:
-        DamagedCheckpointError, OSError: as `companions`.
+        DamagedCheckpointError: as `companions`.
+        InputError: of the input *where*, its directory cannot be read.
     """
     own = checkpoint.origin.companions
-    return companions(checkpoint.directory) if own is None else own
+    if own is not None or checkpoint.directory is None:
+        return own or {}
+    with reading(checkpoint.directory, where):
+        return companions(checkpoint.directory)
 
 
 def look_through(directories: Mapping[str, Path | None]) -> tuple[str, ...]:

@@ -113,7 +113,8 @@ def pack(
         inputs.enter_context(torch.inference_mode(mode=False))
         opened_base = inputs.enter_context(open_checkpoint(base))
         checkpoints = {task: inputs.enter_context(open_expert(task, source)) for task, source in experts.items()}
-        _check_output(target, [opened_base, *checkpoints.values()], overwrite=overwrite)
+        with files.writing(target):
+            _check_output(target, [opened_base, *checkpoints.values()], overwrite=overwrite)
         work = Work(opened_base, checkpoints, recipe, inputs)
         # The place is taken first: who finds it busy should not wait for a fit. It is given back last: what threads are
         # at when somebody interrupts must have ended before what they wrote is removed.

@@ -148,7 +148,7 @@ def _companions_nbytes(experts: Sequence[Expert]) -> int:
     sizes: dict[str, int] = {}
     nbytes = 0
     for expert in experts:
-        for path in companions_of(expert.checkpoint).values():
+        for path in companions_of(expert.checkpoint, expert.where).values():
             with reading(path, expert.where):
                 file = hash_file(path)
             sizes[file.sha256] = file.size

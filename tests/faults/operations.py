@@ -71,7 +71,8 @@ class Operation:
     """Something that writes.
 
     Attributes:
-        call: does it, in a child; writes below `place` alone, and may be called again after whatever became of it.
+        call: does it, in a child; writes below `place` alone.
+        again: what comes next, after whatever became of it; the same by default.
         place: everything that may be written to.
         targets: paths in the place that change in one step each, and how to look at them.
         before: what the place holds at first: a directory; nothing by default.
@@ -87,6 +88,7 @@ class Operation:
     conditions: tuple[Call, ...] = ()
     may_be_missing: bool = False
     keeps: bool = False
+    again: Call | None = None
     _states: dict[str, tuple[Digests | None, Digests | None]] = field(default_factory=dict)
     _end: dict[str, Digests] = field(default_factory=dict)
 
@@ -132,6 +134,19 @@ class Operation:
         """Whether nothing is there but what is there before or after: no staging, no scratch."""
         before = set() if self.before is None else set(everything(self.before))
         return set(everything(self.place)) <= before | set(self._end["all"])
+
+    def run_again(self) -> list[str]:
+        """Do what comes next, with the place as it is; what is wrong then, or was left."""
+        outcome = Child(self.again or self.call, *self.conditions).outcome()
+        if outcome.error is not None:
+            return [str(outcome.error)]
+        if self.again is None:
+            return self.undone()
+        beside = {path.name for path in self.place.iterdir()} - {Path(target).parts[0] for target in self.targets}
+        return [
+            *beside,
+            *(str(problem) for target in self.targets for problem in tallstore.verify(self.place / target)),
+        ]
 
     def undone(self) -> list[str]:
         """What is not as after an operation that nothing disturbed, hidden files and empty directories too."""
@@ -219,6 +234,10 @@ def pull(cache: Path, **options: Any) -> None:
     tallstore.pull(REPO, cache_dir=cache, max_workers=1, **options)
 
 
+def add(bundle: Path, experts: Mapping[str, Path]) -> None:
+    tallstore.add(bundle, experts, replace=True)
+
+
 def speak_with(url: str) -> None:
     """A condition: the Hub's client, which was imported before, knows of this Hub and no other."""
     from huggingface_hub import constants  # noqa: PLC0415
@@ -246,6 +265,10 @@ NAMES: Sequence[str] = (
     "pull to a free place",
     "pull more tasks",
     "pull over an older bundle",
+    "add a task",
+    "add in the place of a task",
+    "remove a task",
+    "repack over its groups",
 )
 
 
@@ -259,6 +282,8 @@ def operation(name: str, specimens: Specimens, place: Path) -> Operation:
         if how.endswith("in two steps"):
             return replace(made, conditions=(without_exchange,), may_be_missing=True)
         return made
+    if verb in {"add", "remove", "repack"}:
+        return _growth(name, specimens, place)
     bundle = specimens.new / "bundle"
     if verb == "report":
         call = functools.partial(report, bundle, place / "report.html")
@@ -271,6 +296,19 @@ def operation(name: str, specimens: Specimens, place: Path) -> Operation:
             targets["experts/birds"] = Look()
         return Operation(call, place, targets, specimens.root / "exported" if there else None)
     return _pull(how, specimens, place)
+
+
+def _growth(name: str, specimens: Specimens, place: Path) -> Operation:
+    """A change of a bundle in its place. Whoever changes it next, removes what is left."""
+    bundle = place / "bundle"
+    calls: dict[str, Call] = {
+        "add a task": functools.partial(add, bundle, {"planes": specimens.experts["cars"]}),
+        "add in the place of a task": functools.partial(add, bundle, {"birds": specimens.experts["cars"]}),
+        "remove a task": functools.partial(tallstore.remove, bundle, ["birds"]),
+        "repack over its groups": functools.partial(tallstore.repack, bundle, specimens.experts),
+    }
+    again = functools.partial(add, bundle, {"last": specimens.experts["birds"]})
+    return Operation(calls[name], place, {"bundle": Listed()}, specimens.old, again=again)
 
 
 def _pull(how: str, specimens: Specimens, place: Path) -> Operation:

@@ -245,7 +245,7 @@ def test_whatever_is_refused_leaves_the_old_bundle(tmp_path, monkeypatch, change
     error = KeyboardInterrupt() if code is None else OSError(code, os.strerror(code))
     place = packed(tmp_path / "place")
     before = snapshot(place)
-    for at in range(1, 200, 1 if name == "mkdir" else 3):
+    for at in range(1, 200, 2 if name == "mkdir" else 3):
         refusing, stopped = Refusing(getattr(os, name), at, error), True
         with monkeypatch.context() as patched, contextlib.suppress(expected):
             patched.setattr(os, name, refusing)

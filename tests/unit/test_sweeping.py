@@ -44,6 +44,14 @@ def test_only_what_is_unlisted_at_a_path_of_a_bundle_goes(bundle):
     assert sweep(bundle, manifest) == []
 
 
+def test_directories_of_listed_tasks_need_not_be_looked_into(bundle):
+    manifest = BundleFiles(bundle).manifest
+    inside, outside = "tasks/a/mask-00003-of-00003.safetensors", "tasks/d-g0002/task.json"
+    put(bundle, inside, outside, f"files/{'0' * 64}")
+    assert sweep(bundle, manifest, but_for_listed=True) == [f"files/{'0' * 64}", outside]
+    assert sweep(bundle, manifest) == [inside]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="needs links")
 def test_links_are_left_and_not_followed(bundle, tmp_path):
     manifest = BundleFiles(bundle).manifest
