@@ -38,23 +38,42 @@
         ├── OutputInsideInputError
         └── OutputBusyError         another process is writing there
 
-Messages are one line: where, what is wrong, and what to do about it.
+Messages are one line: where, what is wrong, and what to do about it. What they quote may come from a file that somebody
+else made: what no terminal should print is escaped, and what is endless is cut.
 """
 
 from __future__ import annotations
 
 import difflib
 import itertools
+import re
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
 _PACKAGE: Final = Path(__file__).parent
+_UNPRINTABLE: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_MAX_PLACE: Final = 1000
+_MAX_PROBLEM: Final = 2500
+_MAX_MESSAGE: Final = 4000
+# To compare a million long names with one that is not among them would take hours.
+_MAX_COMPARED_NAME: Final = 256
+_MAX_COMPARED: Final = 200_000
+
+
+def one_line(text: str, limit: int = _MAX_MESSAGE) -> str:
+    """*text* as one line that a terminal can show, of at most *limit* characters: the rest is cut, and escaped."""
+    shown = text if len(text) <= limit else f"{text[: limit - 1]}…"
+    line = _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], shown)
+    return line if len(line) <= limit else f"{line[: limit - 1]}…"
 
 
 class TallstoreError(Exception):
     """The root of every error that tallstore raises on purpose. Each can be pickled: workers send them home."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Not by the arguments of the class, of which the message was made."""
@@ -88,6 +107,7 @@ class FormatError(TallstoreError):
     """
 
     def __init__(self, rule: str, where: str, problem: str) -> None:
+        where, problem = one_line(where, _MAX_PLACE), one_line(problem, _MAX_PROBLEM)
         super().__init__(f"{where}: {problem} [{rule}]")
         self.rule, self.where, self.problem = rule, where, problem
 
@@ -134,16 +154,23 @@ class UnknownNameError(TallstoreError, KeyError):
 
     def __init__(self, where: str, noun: str, name: str, known: Iterable[str]) -> None:
         names = list(known)
-        near = difflib.get_close_matches(name, names, n=1)
+        near = difflib.get_close_matches(name[:_MAX_COMPARED_NAME], _comparable(names), n=1)
         if near:
             hint = f"did you mean {near[0]!r}?"
         elif names:
-            shown = ", ".join(repr(known_name) for known_name in names[:5])
+            shown = ", ".join(repr(known_name[:_MAX_COMPARED_NAME]) for known_name in names[:5])
             hint = f"there are {len(names)}: {shown}{', …' if len(names) > 5 else ''}"
         else:
             hint = "there are none"
         super().__init__(f"{where}: no {noun} named {name!r}; {hint}")
         self.name = name
+
+
+def _comparable(names: Iterable[str]) -> list[str]:
+    """The first of *names* that take about a second to be compared with another."""
+    short = [name for name in names if len(name) <= _MAX_COMPARED_NAME]
+    lengths = itertools.accumulate(map(len, short))
+    return [name for name, length in zip(short, lengths, strict=True) if length <= _MAX_COMPARED]
 
 
 class UnknownTaskError(UnknownNameError):
@@ -174,6 +201,7 @@ class HubError(TallstoreError):
     """
 
     def __init__(self, where: str, problem: str) -> None:
+        where, problem = one_line(where, _MAX_PLACE), one_line(problem, _MAX_PROBLEM)
         super().__init__(f"{where}: {problem}")
         self.where, self.problem = where, problem
 
@@ -194,6 +222,7 @@ class CardError(TallstoreError):
     """
 
     def __init__(self, where: str, problem: str) -> None:
+        where, problem = one_line(where, _MAX_PLACE), one_line(problem, _MAX_PROBLEM)
         super().__init__(f"{where}: {problem}")
         self.where, self.problem = where, problem
 
@@ -206,6 +235,7 @@ class InputError(TallstoreError):
     """
 
     def __init__(self, where: str, problem: str) -> None:
+        where, problem = one_line(where, _MAX_PLACE), one_line(problem, _MAX_PROBLEM)
         super().__init__(f"{where}: {problem}")
         self.where, self.problem = where, problem
 
@@ -254,6 +284,7 @@ class CompanionError(TallstoreError):
     """
 
     def __init__(self, where: str, problem: str) -> None:
+        where, problem = one_line(where, _MAX_PLACE), one_line(problem, _MAX_PROBLEM)
         super().__init__(f"{where}: {problem}")
         self.where, self.problem = where, problem
 

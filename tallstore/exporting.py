@@ -270,6 +270,9 @@ def _companions(bundle: Bundle, expert: Task, only: Collection[str] | None) -> d
         if not is_companion(file.name):
             warn(f"left out the companion file {file.name!r}: it is none of {', '.join(sorted(SUFFIXES))}")
             continue
+        if _is_in_the_way(file.name):
+            warn(f"left out the companion file {file.name!r}: it would lie where the weights are written")
+            continue
         source = _files(bundle).companion(expert, file)
         if is_pickle(source):
             warn(f"left out the companion file {file.name!r}: it is a pickle or an archive by its content")
@@ -323,6 +326,12 @@ def _foreign_files(directory: Path) -> list[str]:
     if not any(name in _WEIGHTS for name in names):
         return names
     return [name for name in names if not is_companion(name) and not _is_weight_file(name)]
+
+
+def _is_in_the_way(companion: str) -> bool:
+    """Whether a folder of a companion file has the name of a weight file, or of one that is being written."""
+    folders = companion.lower().split("/")[:-1]
+    return any(_is_weight_file(folder) or folder.endswith(files.STAGED_SUFFIX) for folder in folders)
 
 
 def _is_weight_file(name: str) -> bool:

@@ -27,6 +27,8 @@ if sys.platform != "win32":
 _COPY_NBYTES = 1 << 20
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+#: Of a file that is being written, behind its name.
+STAGED_SUFFIX = ".partial"
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def _staged_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OutputBusyError: somebody else is filling it.
     """
-    staged = path.with_name(path.name + ".partial")
+    staged = path.with_name(path.name + STAGED_SUFFIX)
     keeps_open = sys.platform != "win32"  # which neither renames nor removes what is open
     with contextlib.ExitStack() as later, lock_file(staged, path) as file:
         try:

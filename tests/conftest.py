@@ -10,4 +10,6 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 # The same examples in every run: a change is red because of the change.
 settings.register_profile("ci", settings.get_profile("default"), derandomize=True, database=None, print_blob=True)
+# For hours, or until it finds something.
+settings.register_profile("long", settings.get_profile("default"), max_examples=100_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default"))

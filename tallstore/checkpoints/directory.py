@@ -19,6 +19,7 @@ STANDARD_FILES: Final = (
 """Pairs of an index of shards and the single file that stands in its place, the most preferred first."""
 
 _MAX_SHOWN: Final = 8
+_FOREIGN: Final = frozenset("\\:*?\0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +103,9 @@ def _indexed(index_path: Path) -> Weights:
 
 
 def _is_inside(file_name: str) -> bool:
+    """Whether it stays in its directory under every system's rules, and is no pattern, which a download would take."""
     path = PurePosixPath(file_name)
-    return bool(path.name) and not path.is_absolute() and ".." not in path.parts and "\\" not in file_name
+    return bool(path.name) and not path.is_absolute() and ".." not in path.parts and not set(file_name) & _FOREIGN
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from typing import TYPE_CHECKING, Final
 
@@ -26,6 +27,9 @@ _QUANTIZED_NAME: Final = re.compile(
     r"|\.quant_state(?:\.|$)"
 )
 _ADAPTER_NAME: Final = re.compile(r"(?:^|\.)lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)(?:\.|$)")
+
+MAX_JSON_NBYTES: Final = 100_000_000
+"""Of a config or an index: as of a safetensors header, which says more of each tensor."""
 
 _LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/"
 LFS_POINTER_NBYTES: Final = len(_LFS_POINTER)
@@ -99,11 +103,17 @@ def read_json_object(path: Path) -> dict[str, object]:
     """Read a JSON file that must hold one object.
 
     Raises:
-        DamagedCheckpointError: it does not.
+        DamagedCheckpointError: it does not, or is larger than `MAX_JSON_NBYTES`.
         InputError: it cannot be read.
     """
     try:
-        parsed = json.loads(path.read_bytes())
+        if not path.is_file():  # a pipe would be waited for, and a device may have no end
+            raise InputError(str(path), "is not a regular file")
+        with path.open("rb") as file:
+            raw = file.read(min(os.fstat(file.fileno()).st_size, MAX_JSON_NBYTES) + 1)
+        if len(raw) > MAX_JSON_NBYTES:
+            raise DamagedCheckpointError(str(path), f"is larger than {MAX_JSON_NBYTES:,} bytes, which no such file is")
+        parsed = json.loads(raw)
     except OSError as error:
         raise InputError(str(path), f"cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # ValueError: JSONDecodeError and UnicodeDecodeError, too

@@ -44,7 +44,8 @@ def plain_tensors(where: str, state: Mapping[Any, object]) -> dict[str, torch.Te
     tensors: dict[str, torch.Tensor] = {}
     for name, value in state.items():
         if not isinstance(name, str):
-            raise InputError(where, f"has an entry under {name!r}, which is no name; give a state dict of tensors")
+            key = repr(name) if type(name) is int and abs(name) < 1 << 63 else f"a key of type {type(name).__name__}"
+            raise InputError(where, f"has an entry under {key}, which is no name; give a state dict of tensors")
         tensors[name] = _plain(where, name, value)
     refuse_unmerged_names(where, tensors)
     return tensors

@@ -6,6 +6,7 @@ import pickle
 import pickletools
 import re
 import warnings
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _ZIP_START: Final = b"PK\x03\x04"
 _REFERS_TO: Final = re.compile(r"GLOBAL ([\w.]+)")
+_MAX_EXPANDED_NBYTES: Final = 16 << 20  # of a view that repeats its elements: buffers such as position ids
 _SAVE_AGAIN: Final = "save the model's state_dict() with safetensors"
 
 
@@ -107,6 +109,8 @@ def load_file(path: Path) -> TorchFile:
         raise unreadable(path, error) from None
     refuse_lfs_pointer(path, start)
     is_zip = start.startswith(_ZIP_START)
+    if is_zip:
+        _refuse_compressed(path)
     try:
         with warnings.catch_warnings():
             # Of unusual pickle protocols: the file loads, or the error says it better.
@@ -121,12 +125,30 @@ def load_file(path: Path) -> TorchFile:
     if not isinstance(loaded, Mapping):
         raise InputError(where, f"holds an object of type {type(loaded).__name__}, not a state dict; {_SAVE_AGAIN}")
     tensors = plain_tensors(where, loaded)
+    for name, tensor in tensors.items():
+        if max(tensor.untyped_storage().nbytes(), _MAX_EXPANDED_NBYTES) < tensor.numel() * tensor.element_size():
+            raise InputError(where, f"tensor {name!r} repeats its elements beyond what the file holds; {_SAVE_AGAIN}")
     try:
         offsets = byte_offsets(path, tensors) if is_zip else {}
     except OSError as error:
         raise unreadable(path, error) from None
     check_version(path, version)
     return TorchFile(path, tensors, version, offsets)
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Refuse an archive with compressed entries: torch would map their bytes as if they were weights.
+
+    Raises:
+        DamagedCheckpointError: it has some.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, UnicodeError):
+        return  # torch says it better
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise DamagedCheckpointError(str(path), f"is compressed, as torch.save writes no file; {_SAVE_AGAIN}")
 
 
 def _unpickling_error(path: Path, message: str, *, is_zip: bool) -> InputError:

@@ -25,6 +25,8 @@ else:
 
 HUB = "hub:"
 _BASE, _EXPERTS = "base", "experts"
+_MAX_NBYTES = 1 << 20
+_MAX_DOTS = 64
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,14 @@ def read_expert_file(path: Path) -> ExpertFile:
     """
     where = str(path)
     try:
-        parsed = tomllib.loads(path.read_bytes().decode("utf-8"))
+        parsed = tomllib.loads(_text(path))
     except OSError as error:
         raise InputError(
             where, f"cannot be read ({error.strerror}); give a .toml file or a folder of experts"
         ) from None
     except UnicodeDecodeError as error:
         raise InputError(where, f"is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # tomllib's own, and integers of thousands of digits
         raise InputError(where, f"is not TOML: {error}") from None
     except RecursionError:
         raise InputError(where, "is not TOML: it is nested too deeply") from None
@@ -71,6 +73,22 @@ def read_expert_file(path: Path) -> ExpertFile:
     )
 
 
+def _text(path: Path) -> str:
+    """The file's text, unless it is such as a parser of TOML takes hours for: keys of very many parts."""
+    where = str(path)
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise InputError(where, "is not a regular file; give a .toml file or a folder of experts")
+    with path.open("rb") as file:
+        raw = file.read(min(os.fstat(file.fileno()).st_size, _MAX_NBYTES) + 1)
+    if len(raw) > _MAX_NBYTES:
+        raise InputError(where, f"is larger than {_MAX_NBYTES:,} bytes; give fewer experts")
+    text = raw.decode("utf-8")
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.count(".") > _MAX_DOTS:
+            raise InputError(where, f"line {number} has more than {_MAX_DOTS} dots; give shorter keys and paths")
+    return text
+
+
 def _source(where: str, key: str, value: object, folder: Path) -> Path | str:
     """A checkpoint's path, from the file's folder, or its Hub id. A path that is not there is no Hub id."""
     if not isinstance(value, str) or not value.removeprefix(HUB):
@@ -78,6 +96,8 @@ def _source(where: str, key: str, value: object, folder: Path) -> Path | str:
         if isinstance(value, dict):
             hint += f'; a name that has dots goes in quotes too: "{".".join([key.partition(".")[2], *value])}"'
         raise InputError(where, f"{key} is {_kind(value)}; {hint}")
+    if "\0" in value:
+        raise InputError(where, f"{key} has a null character in it, which no path has")
     if value.startswith(HUB):
         return value.removeprefix(HUB)
     return folder / os.path.expanduser(value)  # noqa: PTH111 - pathlib's raises where there is no such user

@@ -8,7 +8,7 @@ import os
 import re
 import stat
 import unicodedata
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
 from tallstore.errors import FormatError
@@ -99,6 +99,27 @@ def is_companion_name(name: str) -> bool:
     """Whether *name* is a relative path of at most three plain segments, safe to write anywhere."""
     segments = name.split("/")
     return len(segments) <= _MAX_COMPANION_SEGMENTS and all(_SEGMENT_PATTERN.fullmatch(part) for part in segments)
+
+
+def clashes(names: Iterable[str]) -> dict[str, str]:
+    """The paths that cannot lie beside an earlier one of *names* on every system, and that one (PATH-3).
+
+    Two of them differ in the case of letters alone, in the names of their folders too, or one is the folder of another.
+    """
+    taken: dict[str, tuple[str, str]] = {}  # by what a system without case calls it: as it is called, and by whom
+    found: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        parts = name.split("/")
+        steps = ["/".join(parts[:count]) + "/" for count in range(1, len(parts))] + [name]
+        for step in steps:
+            there, owner = taken.get(step.rstrip("/").lower(), (step, name))
+            if there != step:
+                found[name] = owner
+                break
+        else:
+            for step in steps:
+                taken.setdefault(step.rstrip("/").lower(), (step, name))
+    return found
 
 
 def slugify(name: str, taken: Container[str], group: int = 1) -> str:

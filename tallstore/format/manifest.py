@@ -20,6 +20,7 @@ MAX_GROUPS = 100_000
 MAX_GROUP_NUMBER = 9_999_999
 MAX_TENSORS = 1_000_000
 MAX_SHARDS = 99_999
+MAX_RECORDS = 1 << 22
 MAX_NUMEL = 1 << 40
 
 # Patterns end in `$(?!\n)`: Python's `$` alone also matches before a line feed at the end, ECMAScript's does not.
@@ -45,7 +46,8 @@ SharedDtype = Literal["F32", "BF16", "F16", "I8", "LOG4"]
 SparseDtype = Literal["F32", "BF16", "F16"]
 Levels = Literal[3, 4, 8, 16]
 Role = Literal["merged", "merged_lo", "centre"]
-Scalar = str | bool | int | float | None
+Integer = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+Scalar = str | bool | Integer | float | None
 
 
 class _Part(Struct, frozen=True, omit_defaults=True):

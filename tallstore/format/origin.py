@@ -26,10 +26,13 @@ class Origin(Struct, frozen=True):
 
 def read_origin(root: Path) -> Origin | None:
     """Where the bundle in *root* was pulled from; None where that is not known."""
+    place = root / ORIGIN
     try:
-        with (root / ORIGIN).open("rb") as file:
+        if not place.is_file():  # a pipe would be waited for
+            return None
+        with place.open("rb") as file:
             origin = msgspec.json.decode(file.read(_MAX_NBYTES), type=Origin)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, ValueError, RecursionError):  # ValueError: msgspec's own, and UnicodeDecodeError
         return None
     return origin if _REPO_ID.fullmatch(origin.repo_id) else None
 

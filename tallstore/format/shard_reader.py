@@ -21,7 +21,7 @@ from tallstore.format.bits import Bytes
 from tallstore.format.codecs import Codec
 from tallstore.format.dtypes import CHUNK_NUMEL, chunk_count, chunk_span
 from tallstore.format.encodings import POOL, Encoding
-from tallstore.format.manifest import Payload, Pool, Shard
+from tallstore.format.manifest import MAX_RECORDS, Payload, Pool, Shard
 from tallstore.format.safetensors_header import LENGTH_NBYTES, Header, HeaderProblem, header_nbytes, parse_header
 from tallstore.format.shards import (
     ALIGNMENT,
@@ -201,6 +201,7 @@ class ShardReader:
         self.header = _read_header(file, shard.header_xxh3)
         self._ends, self._digests = self._read_index()
         self._verified = file.version(), bytearray(len(self._ends))  # of which version of the file
+        self._pool_is_checked = False
         self._last_pool_chunk: tuple[int, Bytes] | None = None  # members of one pool are read one after the other
 
     @property
@@ -269,13 +270,20 @@ class ShardReader:
             raise FormatError("IDX-5", where, "its index records count bits, which only those of sparse tensors do")
 
         def fetch(index: int) -> Bytes:
-            start = entry.start + (ends[index - 1] if index else 0)
-            first, last = chunk_span(numel, index)
-            place = f"{where}, chunk {index}"
-            stored = self._read_chunk(at + index, start, entry.start + ends[index], place)
-            return codecs.decode(codec, stored, encoding.nbytes(last - first), encoding.itemsize, place)
+            return self._decoded(key, codec, at, encoding, numel, index)
 
         return PayloadReader(numel, encoding, where, fetch, None if set_count is None else lambda: ranks)
+
+    def _decoded(  # noqa: PLR0917 - what `_stored` was given, and which chunk
+        self, key: str, codec: Codec, at: int, encoding: Encoding, numel: int, index: int
+    ) -> Bytes:
+        """Chunk *index* of a payload whose records were checked."""
+        start, record = self.header.tensors[key].start, at + index
+        begin = start + (int(self._ends[record - 1]) if index else 0)
+        first, last = chunk_span(numel, index)
+        place = f"{self.where}, {key!r}, chunk {index}"
+        stored = self._read_chunk(record, begin, start + int(self._ends[record]), place)
+        return codecs.decode(codec, stored, encoding.nbytes(last - first), encoding.itemsize, place)
 
     def _pooled(self, at: int, encoding: Encoding, numel: int, where: str, set_count: int | None) -> PayloadReader:
         nbytes = encoding.nbytes(numel)
@@ -319,8 +327,13 @@ class ShardReader:
     def _pool_chunk(self, pool: Pool, index: int) -> Bytes:
         last = self._last_pool_chunk  # another thread may put its own there at any moment
         if last is None or last[0] != index or self._verify == "always":
-            reader = self._stored(POOL_KEY, pool.codec, pool.at, POOL, pool.nbytes)
-            last = self._last_pool_chunk = (index, reader.chunk(index))
+            if not self._pool_is_checked:  # all its records: not again for each of its many payloads
+                self._stored(POOL_KEY, pool.codec, pool.at, POOL, pool.nbytes)
+                self._pool_is_checked = True
+            last = self._last_pool_chunk = (
+                index,
+                self._decoded(POOL_KEY, pool.codec, pool.at, POOL, pool.nbytes, index),
+            )
         return last[1]
 
     def _read_chunk(self, record: int, start: int, stop: int, where: str) -> Bytes:
@@ -348,6 +361,8 @@ class ShardReader:
             raise FormatError("IDX-1", self.where, f"has no index of {RECORD_NBYTES}-byte records")
         if entry.stop != self._file.nbytes:
             raise FormatError("IDX-1", self.where, "its index is not the last tensor")
+        if entry.shape[0] > MAX_RECORDS:
+            raise FormatError("LIM-1", self.where, f"its index has more than {MAX_RECORDS} records")
         raw = self._file.read(entry.start, entry.stop)
         if xxhash.xxh3_128_hexdigest(raw.data) != self._shard.index_xxh3:
             raise IntegrityError("IDX-1", self.where, f"its index {_CHANGED}")

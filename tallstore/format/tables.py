@@ -71,7 +71,7 @@ def refuse(problems: Problems) -> None:
 
 
 def check_manifest(manifest: Manifest) -> Problems:
-    """MAN-2, MAN-3, MAN-5, MAN-6, PATH-1, FILE-2, FILE-5: names and paths, once each, and what they refer to."""
+    """MAN-2, MAN-3, MAN-5, MAN-6, PATH-1, PATH-3, FILE-2, FILE-5: names and paths, and what they refer to."""
     where = layout.MANIFEST
     for noun, names in (
         ("group", [group.id for group in manifest.groups]),
@@ -80,7 +80,7 @@ def check_manifest(manifest: Manifest) -> Problems:
         ("path", [file.path for file in manifest.files]),
     ):
         for name in _repeated(names):
-            yield FormatError("MAN-2", where, f"lists the {noun} {name!r} twice")
+            yield FormatError("MAN-2", where, f"lists the {noun} {name[:200]!r} twice")
     if any(after.path < before.path for before, after in pairwise(manifest.files)):
         yield FormatError("MAN-2", where, "does not list its files sorted by path")
     for group in manifest.groups:
@@ -88,6 +88,10 @@ def check_manifest(manifest: Manifest) -> Problems:
             yield FormatError(
                 "MAN-6", where, f"its next_group is {manifest.next_group}, and it lists the group {group.id!r}"
             )
+    embedded = (file.path for file in manifest.files if file.path.startswith(f"{layout.BASE_DIRECTORY}/"))
+    for name, other in layout.clashes(embedded).items():  # all other paths are in small letters
+        problem = f"lists {other[:200]!r} and {name[:200]!r}, which cannot lie beside each other on every system"
+        yield FormatError("PATH-3", where, problem)
     paths = {file.path for file in manifest.files}
     yield from _check_tasks(manifest, paths)
     for group in manifest.groups:
@@ -228,7 +232,7 @@ def check_task(
     vectors: Vectors | None,
     files: Mapping[str, FileEntry],
 ) -> Problems:
-    """MAN-4, MAN-5, PATH-1, LIM-1, NUM-1, COD-4, IDX-2, and TAB-1 to TAB-10.
+    """MAN-4, MAN-5, PATH-1, PATH-3, LIM-1, NUM-1, COD-4, IDX-2, and TAB-1 to TAB-10.
 
     Args:
         table: the task's.
@@ -315,6 +319,7 @@ def _check_based(
 def _extends(tensor: ExtendedTensor, source: BaseTensor) -> bool:
     return (
         len(tensor.shape) == len(source.shape) >= 1
+        and 0 not in tensor.shape
         and tensor.shape[1:] == source.shape[1:]
         and tensor.rows == min(tensor.shape[0], source.shape[0]) >= 1
     )
@@ -359,6 +364,11 @@ def _check_sparse(code: Sparse, numel: int, where: str) -> Problems:
 
 
 def _check_companions(table: TaskTable, files: Mapping[str, FileEntry], where: str) -> Problems:
+    for name, other in layout.clashes(file.name for file in table.files).items():
+        problem = (
+            f"has the files {other[:200]!r} and {name[:200]!r}, which cannot lie beside each other on every system"
+        )
+        yield FormatError("PATH-3", where, problem)
     for file in table.files:
         if not layout.is_companion_name(file.name):
             yield FormatError("PATH-1", where, f"the file name {file.name[:200]!r} is not one that can be written")

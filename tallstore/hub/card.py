@@ -123,8 +123,17 @@ class _Written:
         own = {key: value for key, value in self.parsed.items() if key not in _SET}
         own["tags"] = [tag for tag in _tags(self.parsed) if tag not in TAGS]
         texts = [" ".join(text.split()) for text in (self.before, self.after)]
-        said = json.dumps([own, self.is_marked, *texts], sort_keys=True, default=str)
+        said = json.dumps([_sortable(own), self.is_marked, *texts], sort_keys=True, default=str)
         return hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _sortable(value: Any) -> Any:  # noqa: ANN401 - anything that YAML can say
+    """*value* with keys of one type, and without sets: it is written in one order."""
+    if isinstance(value, dict):
+        return {str(key): _sortable(held) for key, held in value.items()}
+    if isinstance(value, set):
+        return sorted(map(str, value))
+    return [_sortable(held) for held in value] if isinstance(value, list) else value
 
 
 def _choose(here: _Written | None, there: _Written | None, repo_id: str) -> _Written:

@@ -14,6 +14,10 @@ import yaml
 
 from tallstore.errors import CardError
 
+MAX_LENGTH: Final = 1 << 20
+"""Characters of metadata: the longest ones list some thousand results."""
+
+_MAX_DEPTH: Final = 32
 _BLOCK: Final = re.compile(r"\A\ufeff?\s*^---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 
 
@@ -32,9 +36,10 @@ def parse(metadata: str, where: str) -> dict[str, Any]:
     """What the metadata say.
 
     Raises:
-        CardError: they are no YAML, or no mapping.
+        CardError: they are no YAML, or no mapping; or they are such as could take any time or memory.
     """
     try:
+        _refuse_bombs(metadata, where)
         parsed = yaml.safe_load(metadata)
     except (yaml.YAMLError, ValueError) as error:  # a ValueError: a date that no calendar has
         mark = getattr(error, "problem_mark", None)
@@ -45,6 +50,21 @@ def parse(metadata: str, where: str) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise CardError(where, "the metadata between the dashes are no mapping of keys; correct them")
     return {str(key): value for key, value in parsed.items()}
+
+
+def _refuse_bombs(metadata: str, where: str) -> None:
+    """Refuse what grows when it is read: a few aliases of aliases stand for a billion values."""
+    if len(metadata) > MAX_LENGTH:
+        raise CardError(where, f"the metadata between the dashes have {len(metadata):,} characters; shorten them")
+    depth = 0
+    for event in yaml.parse(metadata, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise CardError(
+                f"{where}, line {event.start_mark.line + 2}", "the metadata have an alias; write out what it stands for"
+            )
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise CardError(where, f"the metadata between the dashes are nested more than {_MAX_DEPTH} deep")
 
 
 def set_keys(metadata: str, values: Mapping[str, object]) -> str:

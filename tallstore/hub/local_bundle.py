@@ -25,6 +25,7 @@ from tallstore.reporting.plots import card_plots
 from tallstore.verifying import verify
 
 README: Final = "README.md"
+MAX_README_NBYTES: Final = 16 << 20
 # Files that go into git, which the client reads into memory when it commits.
 _SMALL_NBYTES: Final = 1 << 20
 
@@ -56,10 +57,16 @@ class LocalBundle:
 
     def readme(self) -> str | None:
         """The model card here, None where there is none."""
-        try:
-            return decode((self.root / README).read_bytes(), str(self.root / README))
-        except FileNotFoundError:
+        place = self.root / README
+        if not os.path.lexists(place):
             return None
+        if not place.is_file():  # a pipe would be waited for
+            raise CardError(str(place), "is not a regular file")
+        with place.open("rb") as file:
+            raw = file.read(min(os.fstat(file.fileno()).st_size, MAX_README_NBYTES) + 1)
+        if len(raw) > MAX_README_NBYTES:
+            raise CardError(str(place), f"is larger than {MAX_README_NBYTES:,} bytes; shorten it")
+        return decode(raw, str(place))
 
     def git_oid(self, entry: FileEntry) -> str | None:
         """The git blob id of a file here, which is read; None where it is not here."""

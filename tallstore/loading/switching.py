@@ -254,7 +254,7 @@ class Switcher:
         for interruption in (error, reason):
             if not isinstance(interruption, Exception):
                 raise interruption
-        raise SwitchError(self._failure) from error
+        raise SwitchError(self._failure or "") from error
 
     def _refuse(self, failure: str) -> None:
         """Let the forward pass of every module raise *failure*."""

@@ -18,9 +18,9 @@ from typing import Any, Final
 from tallstore.caller_warnings import warn
 from tallstore.checkpoints import Checkpoint
 from tallstore.checkpoints.companion_names import is_companion
-from tallstore.checkpoints.refusals import LFS_POINTER_NBYTES, refuse_lfs_pointer
+from tallstore.checkpoints.refusals import LFS_POINTER_NBYTES, MAX_JSON_NBYTES, refuse_lfs_pointer
 from tallstore.errors import InputError
-from tallstore.format.layout import is_companion_name
+from tallstore.format.layout import clashes, is_companion_name
 from tallstore.sizes import readable
 
 MAX_NBYTES: Final = 1_000_000_000
@@ -50,6 +50,8 @@ def companions(directory: Path | None) -> dict[str, Path]:
         if is_companion_name(name) and path.stat().st_size <= MAX_NBYTES and not is_pickle(path):
             refuse_lfs_pointer(path, _start(path))
             found[name] = path
+    for name in clashes(found):
+        del found[name]
     return found
 
 
@@ -162,7 +164,7 @@ def _modules(directory: Path) -> list[dict[str, Any]]:
 def _parsed(path: Path) -> object:
     """What a JSON file holds; None where it is not there, too large, or not JSON."""
     try:
-        return json.loads(path.read_bytes()) if path.is_file() and path.stat().st_size <= MAX_NBYTES else None
+        return json.loads(path.read_bytes()) if path.is_file() and path.stat().st_size <= MAX_JSON_NBYTES else None
     except (ValueError, RecursionError):
         return None
 
@@ -203,7 +205,10 @@ def _code_of_configs(directory: Path) -> Iterator[str]:
 
 
 def _left_out(directory: Path) -> Iterator[str]:
-    for name, path in _plain_files(directory):
+    plain = dict(_plain_files(directory))
+    for name, other in clashes(filter(is_companion_name, plain)).items():
+        yield f"left out {name!r}: where case does not count, it cannot lie beside {other!r}; rename it"
+    for name, path in plain.items():
         if not is_companion_name(name):
             yield f"left out {name!r}: a bundle's files have names of letters, digits and '._-'; rename it"
         elif path.stat().st_size > MAX_NBYTES:

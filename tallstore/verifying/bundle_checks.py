@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections import defaultdict
 from collections.abc import Container, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,14 @@ from functools import partial
 from itertools import chain
 from pathlib import Path, PurePosixPath
 
-from tallstore.errors import BundleChangedError, BundleNotFoundError, FormatError, IntegrityError, TallstoreError
+from tallstore.errors import (
+    BundleChangedError,
+    BundleNotFoundError,
+    FormatError,
+    IntegrityError,
+    TallstoreError,
+    one_line,
+)
 from tallstore.files import hash_file
 from tallstore.format import layout
 from tallstore.format.manifest import (
@@ -38,7 +44,6 @@ from tallstore.verifying.shard_checks import OwnedShards, check_scales, check_sh
 
 _COMPANIONS = "files"
 _HASHING_THREADS = 2  # sha256 is slower than a disk
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +61,7 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        line = f"{self.where}: {self.message} [{self.rule}]"
-        return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], line)
+        return one_line(f"{self.where}: {self.message} [{self.rule}]")
 
 
 def verify(path: str | os.PathLike[str], *, progress: Progress | None = None) -> list[Problem]:

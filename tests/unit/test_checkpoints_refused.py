@@ -102,7 +102,7 @@ class TestPaths:
         if name == "config.json":
             assert open_checkpoint(tmp_path).names == ("a", "b")
         else:
-            assert "index.json: cannot be read: Is a directory" in refusal(tmp_path)
+            assert "index.json: is not a regular file" in refusal(tmp_path)
 
     @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="needs permissions that bind")
     def test_a_file_without_permission(self, write):

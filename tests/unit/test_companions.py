@@ -31,7 +31,7 @@ DIRECTORIES = {
     "bertweet": "vocab.txt bpe.codes",
     "fairseq": "dict.txt vocab-src.json vocab-tgt.json vocab.bpe spm.vocab",
     "prophetnet": "prophetnet.tokenizer",
-    "classifier": "labels.txt classes.json id2label.json LABELS.TXT",
+    "classifier": "labels.txt classes.json id2label.json TASKS.TXT",
     "licences": "LICENSE-MODEL MODEL_LICENSE LICENCE.md license.rst Notice THIRD_PARTY_NOTICES.txt COPYING",
     "sentence-transformers": "modules.json config_sentence_transformers.json sentence_bert_config.json",
 }
@@ -58,6 +58,15 @@ def write(directory, *names, content="x"):
 def modules(directory, *paths, kind="sentence_transformers.models.Pooling"):
     entries = [{"idx": i, "name": str(i), "path": path, "type": kind} for i, path in enumerate(paths)]
     (directory / "modules.json").write_text(json.dumps(entries))
+
+
+def test_of_names_that_are_one_where_case_does_not_count_the_first_is_carried(tmp_path):
+    write(tmp_path, "config.json", "LABELS.TXT", "labels.txt", content="[]")
+    assert set(companions(tmp_path)) == {"config.json", "LABELS.TXT"}
+    (line,) = look_through({"task": tmp_path})
+    assert line == (
+        "expert 'task': left out 'labels.txt': where case does not count, it cannot lie beside 'LABELS.TXT'; rename it"
+    )
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
