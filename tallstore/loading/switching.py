@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import sys
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from typing import Final, NoReturn
 
@@ -22,19 +21,17 @@ from tallstore.errors import OptionError, SwitchError, TallstoreError
 from tallstore.format.bundle_files import BundleFiles
 from tallstore.format.dtypes import chunk_spans
 from tallstore.format.manifest import BasedTensor, BaseTensor, SameTensor
-from tallstore.loading import parallel
 from tallstore.loading.checkpoint_names import NamedTensors
-from tallstore.loading.contents import OWN, Content, Holding, OfBase, OfExpert, State, Write, copy_base
-from tallstore.loading.device_expert import DeviceExpert
+from tallstore.loading.contents import OWN, Content, Holding, OfBase, OfExpert, State, Write
 from tallstore.loading.device_writes import DeviceWrites
 from tallstore.loading.expert import Expert
 from tallstore.loading.model_slots import Slot, check_mode, check_slot, memory_span, slots_of
-from tallstore.loading.model_weights import by_device, is_direct, is_sent, listed, match
+from tallstore.loading.model_weights import listed, match
+from tallstore.loading.model_writer import ModelWriter
 from tallstore.loading.pinned_base import PinnedBase
+from tallstore.loading.reading_ahead import ReadAhead
 from tallstore.loading.resident import ResidentBase, ResidentFiles
 
-#: Of a tensor; to copy fewer elements costs less than to let another thread do it.
-_SMALL_NUMEL: Final = 1 << 15
 _MAX_STATES: Final = 256
 
 
@@ -82,17 +79,15 @@ class Switcher:
         self._tensors = NamedTensors(model, self._files.base.keys())
         self._devices = DeviceWrites(self._files, self._base, cache_nbytes, enabled=on_device)
         self._lock = forking.rlock()
-        self._reader: tuple[int, ThreadPoolExecutor] | None = None  # of which process
-        self._active_kept, self._next_kept = contextlib.ExitStack(), contextlib.ExitStack()
-        self._next: str | None = None
-        self._next_lock = forking.lock()
+        self._writer = ModelWriter(self._files, self._base, self._devices)
+        self._ahead = ReadAhead(self._files)
+        self._active_kept = contextlib.ExitStack()
         self._base_names: dict[str, str] = {}  # of tensors that tasks have under another name than the base
         self._places: Sequence[object] = ()  # of the model's tensors; for these, the following was worked out
         self._states: dict[str | None, State] = {}
         self._apart: set[str] = set()  # base tensors that are not in the model's memory
         self._own: dict[str, Tensor] = {}
         self._holdings: dict[str, Holding] = {}
-        self._staging: dict[torch.dtype, Tensor] = {}
         self._refusals: list[RemovableHandle] = []
         self._failure: str | None = None
         self._state = self._first_state()
@@ -187,7 +182,7 @@ class Switcher:
             UnknownTaskError: *task* is not in the bundle.
         """
         self._files.entry(task)
-        return self._own_reader().submit(self._prefetch, task, frozenset(self._tensors()))
+        return self._ahead.begin(task, partial(self._bring, task, frozenset(self._tensors())))
 
     def __reduce__(self) -> NoReturn:
         """Refuse `pickle` and `copy`.
@@ -231,9 +226,9 @@ class Switcher:
         kept.enter_context(self._files.keep(self._state.task))
         self._active_kept.close()
         self._active_kept = kept
-        if self._next == self._state.task:
-            self._expect(None)
-        self._devices.trim({self._state.task, self._next})
+        if self._ahead.task == self._state.task:
+            self._ahead.expect(None)
+        self._devices.trim({self._state.task, self._ahead.task})
 
     def _undo(self, before: State, wanted: State, slots: Sequence[Slot], error: BaseException) -> None:
         """Write back what was there before *error*; where that fails, see to it that nobody runs the model."""
@@ -365,12 +360,12 @@ class Switcher:
             check_mode(slot)
         here, rest = self._devices.split(writes, wanted.task)
         self._hold(wanted.without({write.slot.name for write in here}) if here else wanted)
-        self._devices.hold(here, wanted.task, {self._state.task, wanted.task, self._next})
+        self._devices.hold(here, wanted.task, {self._state.task, wanted.task, self._ahead.task})
         self._check_apart(slots, wanted.base_tensors)
         for slot, content in writes:
             if content is not OWN and self._state.contents.get(slot.name, OWN) is OWN and slot.name not in self._own:
                 self._own[slot.name] = slot.tensor.detach().clone()
-        self._stage(write.slot.tensor for write in rest if not _is_sent(write))
+        self._writer.stage(rest)
 
     def _hold(self, state: State) -> None:
         """Have in memory, checked, what a state is made of."""
@@ -380,6 +375,11 @@ class Switcher:
         for tensor in state.base_tensors:
             self._base.hold(tensor.name, math.prod(tensor.shape))
         self._base.check()
+
+    def _bring(self, task: str, names: frozenset[str]) -> None:
+        """Have in memory what the model will take of a task: tensors of these names."""
+        expert = self._expert(task)
+        self._hold(State(task, {name: OfExpert(task, name, expert) for name in expert.names if name in names}))
 
     def _check_apart(self, slots: Mapping[str, Slot], tensors: Iterable[BaseTensor]) -> None:
         """Refuse a base in the model's own memory, which the first switch would overwrite."""
@@ -401,90 +401,16 @@ class Switcher:
                     )
             self._apart.add(tensor.name)
 
-    def _stage(self, targets: Iterable[Tensor]) -> None:
-        """Have memory for the largest of the tensors that are written to by way of the CPU."""
-        for target in targets:
-            have = self._staging.get(target.dtype)
-            if not is_direct(target) and (have is None or have.numel() < target.numel()):
-                pinned = target.device.type == "cuda"
-                self._staging[target.dtype] = torch.empty(
-                    target.numel(), dtype=target.dtype, device="cpu", pin_memory=pinned
-                )
-
     # --- writing ---
 
-    @torch.no_grad()
     def _write(self, writes: Sequence[Write], task: str | None) -> None:
         for slot, _ in writes:
             self._holdings.pop(slot.name, None)
-        here, rest = self._devices.split(writes, task)
-        direct = [(slot.tensor.detach(), content) for slot, content in rest if is_direct(slot.tensor)]
-        self._fill([(target.view(-1), content) for target, content in direct])
-        self._devices.write(here, task)
-        self._send([write for write in rest if _is_sent(write)])
-        for write in rest:
-            target, content = write.slot.tensor.detach(), write.content
-            if content is OWN:
-                target.copy_(self._own[write.slot.name])
-            elif not is_direct(target) and not _is_sent(write):
-                staged = self._staging[target.dtype][: target.numel()]
-                self._fill([(staged, content)])
-                target.copy_(staged.view(target.shape))
+        self._writer.write(writes, task, self._own)
         for slot, _ in writes:
             slot.count_write()
         for slot, content in writes:  # once all are counted: those of one tensor's parts are counted together
             self._holdings[slot.name] = Holding(content, slot.place, slot.versions)
-
-    def _send(self, writes: Sequence[Write]) -> None:
-        """Write tensors of an expert where they are rebuilt on their devices."""
-        sent = {content.name: (slot.tensor, content) for slot, content in writes if isinstance(content, OfExpert)}
-        for device, targets in by_device({name: target for name, (target, _) in sent.items()}).items():
-            expert = sent[next(iter(targets))][1].expert  # all are of one
-            DeviceExpert.on(expert, self._files, self._base, device).write(targets)
-
-    def _fill(self, destinations: Sequence[tuple[Tensor, Content]]) -> None:
-        """Write whole tensors to flat, contiguous ones on the CPU; those of the model's own are left out."""
-        experts = {content.task: content.expert for _, content in destinations if isinstance(content, OfExpert)}
-        for expert in experts.values():  # one at most: contents are those of one state
-            expert.write({to.name: destination for destination, to in destinations if isinstance(to, OfExpert)})
-        jobs: list[parallel.Job] = []
-        for destination, content in destinations:
-            if isinstance(content, OfBase):
-                for start, stop in chunk_spans(destination.numel()):
-                    job = partial(copy_base, self._base, content, start, destination[start:stop])
-                    if stop - start < _SMALL_NUMEL:
-                        job()
-                    else:
-                        jobs.append(job)
-        parallel.run(jobs)
-
-    # --- the next expert ---
-
-    def _prefetch(self, task: str, names: frozenset[str]) -> None:
-        with self._files.keep(task):
-            expert = self._expert(task)
-            contents = {name: OfExpert(task, name, expert) for name in expert.names if name in names}
-            self._hold(State(task, contents))
-            self._expect(task)
-
-    def _own_reader(self) -> ThreadPoolExecutor:
-        """The thread that reads ahead: a forked process needs another one than its parent."""
-        with self._next_lock:
-            if self._reader is None or self._reader[0] != os.getpid():
-                self._reader = os.getpid(), ThreadPoolExecutor(1, "tallstore-prefetch")
-            return self._reader[1]
-
-    def _expect(self, task: str | None) -> None:
-        """Keep the task that comes next in memory, and no other one for that reason."""
-        kept = contextlib.ExitStack()
-        kept.enter_context(self._files.keep(task))
-        with self._next_lock:
-            kept, self._next_kept, self._next = self._next_kept, kept, task
-        kept.close()
-
-
-def _is_sent(write: Write) -> bool:
-    return isinstance(write.content, OfExpert) and is_sent(write.slot.tensor)
 
 
 def _called(task: str | None) -> str:
