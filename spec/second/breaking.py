@@ -179,6 +179,16 @@ def misname_companion(draft: Draft) -> None:
     draft.documents[TASK_JSON]["files"][0]["sha256"] = "e" * 64
 
 
+def companion_too(name: str) -> Change:
+    """Name the task's companion once more, otherwise."""
+
+    def change(draft: Draft) -> None:
+        files = draft.documents[TASK_JSON]["files"]
+        files.append(files[0] | {"name": name})
+
+    return change
+
+
 def setup(**steps: object) -> Change:
     """What the test does to its copy of the bundle."""
     return lambda draft: draft.setup.update(steps)
@@ -348,6 +358,14 @@ def base_file(edit: Callable[[dict[str, Array]], None]) -> Change:
         draft.others["base/model.safetensors"] = safetensors(tensors)
 
     return change
+
+
+def empty_rows(draft: Draft) -> None:
+    """Extend a base tensor of two rows, none of which has an element."""
+    base_file(lambda tensors: tensors.update(z=Array("F32", (2, 0), b"")))(draft)
+    draft.documents[BASE_JSON]["tensors"].append({"name": "z", "dtype": "F32", "shape": [2, 0], "chunks": []})
+    row = {"kind": "extended", "name": "z", "dtype": "F32", "shape": [3, 0], "rows": 2, "leading": {"kind": "same"}}
+    extra("tensors", row)(draft)
 
 
 def base_bytes(edit: Callable[[bytes], bytes]) -> Change:

@@ -26,7 +26,9 @@ from second.breaking import (
     base_file,
     base_name,
     by_reference,
+    companion_too,
     drop_w,
+    empty_rows,
     entry,
     extra,
     file_edit,
@@ -150,6 +152,9 @@ JSON_FILES = {
     "json-3-task-name-line": anywhere("a line separator", manifest("tasks", 0, "name", value="a\u2028b")),
     "json-3-task-name-direction": anywhere("an override of direction", manifest("tasks", 0, "name", value="a\u202eb")),
     "json-3-generator": anywhere("an escape character", manifest("generator", value="\x1b[2J")),
+    "json-3-parameter": anywhere(
+        "an integer of 65 bits", manifest("groups", 0, "method", "parameters", value={"seed": 1 << 63})
+    ),
     "json-3-method-name": anywhere("an escape character", manifest("groups", 0, "method", "name", value="\x1b[2J")),
     "json-3-metadata": anywhere("a number in the metadata", manifest("metadata", value={"year": 2026})),
     "json-3-metadata-task": anywhere("a list for metadata", manifest("tasks", 0, "metadata", value=[])),
@@ -239,6 +244,12 @@ PATHS = {
     ),
     "path-1-companion": load("a companion elsewhere", task_table("files", 0, "name", value="../config.json")),
     "path-1-companion-depth": load("a companion four deep", task_table("files", 0, "name", value="a/b/c/config.json")),
+    "path-3-case": load("companions that differ in case", companion_too("Config.json")),
+    "path-3-folder": load("a companion that is the folder of another", companion_too("config.json/labels.json")),
+    "path-3-folder-case": load(
+        "folders that differ in case", companion_too("a/config.json"), companion_too("A/labels.json")
+    ),
+    "path-3-base": anywhere("files of the base that differ in case", listed("base/Model.safetensors")),
     "path-2-file": load(
         "a shard is a symbolic link to itself, elsewhere",
         late(lambda files: files.update({"../outside/mask": files.pop(MASK_SHARD)})),
@@ -473,6 +484,7 @@ TABLES = {
     "tab-4-more": load("more leading rows than the base has", tensor("e", "rows", value=5)),
     "tab-4-fewer": load("fewer leading rows than there are", tensor("e", "rows", value=3)),
     "tab-4-none": load("no leading row", tensor("e", "rows", value=0)),
+    "tab-4-empty": load("leading rows without an element", empty_rows),
     "tab-4-other": load("another second dimension", tensor("e", "shape", value=[6, 4]), parameters(6)),
     "tab-5-no-vector": load("no merged vector", lambda draft: draft.documents[GROUP_JSON]["vectors"].pop(2)),
     "tab-6-shard": load("a shard that is not there", tensor("w", "bits", "shard", value=2)),
