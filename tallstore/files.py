@@ -164,7 +164,7 @@ def writing(target: Path) -> Iterator[None]:
         if error.filename is not None:
             place = Path(os.fsdecode(error.filename))
             own = (target, _staging(target), _aside(target))
-            if place != target.parent and not any(path in (place, *place.parents) for path in own):
+            if place not in target.parents and not any(path in (place, *place.parents) for path in own):
                 raise
         reason = error.strerror or str(error)
         raise OutputError(f"{target}: cannot be written ({reason}); make room there, or choose another place") from None
@@ -183,7 +183,8 @@ def staged_directory(target: Path) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(target))
     staging = _staging(target)
-    made = _absent(target.parent)
+    with writing(target):
+        made = _absent(target.parent)
     lock = None
     try:
         lock = _hold(staging, target)
@@ -218,7 +219,8 @@ def gathered_files(target: Path) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(target))
     staging = _staging(target)
-    made = _absent(target.parent)
+    with writing(target):
+        made = _absent(target.parent)
     lock, is_ours = None, False
     try:
         lock, is_ours = _hold(staging, target), True
@@ -324,6 +326,8 @@ def _is_bare(staging: Path) -> bool:
         return all(entry.name.startswith(".") for entry in staging.iterdir())
     except FileNotFoundError:
         return True
+    except OSError:
+        return False
 
 
 def _clear(staging: Path) -> None:

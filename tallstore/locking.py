@@ -118,18 +118,21 @@ def is_held(staging: Path, lock: int | None) -> bool:
 
 
 def remove_held(staging: Path, lock: int | None) -> None:
-    """Remove what was staged, or what it was exchanged for; never what another process is filling."""
+    """Remove what was staged, or what it was exchanged for; never what another process is filling.
+
+    What the system does not let be removed stays, for the next writer.
+    """
+    with contextlib.suppress(OSError):
+        _remove_held(staging, lock)
+
+
+def _remove_held(staging: Path, lock: int | None) -> None:
     if sys.platform == "win32" or (lock is not None and is_held(staging, lock)):
         shutil.rmtree(staging, ignore_errors=True)
         return
-    try:
-        descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
-        return  # there is nothing, or nothing of ours
+    descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)  # else nothing of ours is there
     try:
         if _flock(descriptor) and is_held(staging, descriptor):
             shutil.rmtree(staging, ignore_errors=True)
-    except BlockingIOError:
-        pass
     finally:
         os.close(descriptor)

@@ -12,6 +12,7 @@ import torch
 
 from tallstore.checkpoints.checkpoint import Checkpoint, Origin
 from tallstore.checkpoints.directory import Weights, find_weights, place_tensors
+from tallstore.checkpoints.file_version import unreadable
 from tallstore.checkpoints.hub_input import download
 from tallstore.checkpoints.refusals import refuse_adapter_file, refuse_by_config
 from tallstore.checkpoints.safetensors_file import SafetensorsCheckpoint, read_shard
@@ -53,7 +54,10 @@ def open_checkpoint(source: CheckpointSource, access: Access | None = None) -> C
     path = Path(text)
     # "" would be the current directory.
     if text and _exists(path):
-        return _open_path(path)
+        try:
+            return _open_path(path)
+        except OSError as error:
+            raise unreadable(path, error) from None
     hub_id = parse_hub_id(text) if isinstance(source, str) else None
     if hub_id is None or path.suffix.lower() in _WEIGHT_SUFFIXES:
         raise CheckpointNotFoundError(text or "''", "there is no such file or directory")
@@ -90,18 +94,15 @@ def _exists(path: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null character
         return False
     except OSError as error:
-        raise InputError(str(path), f"cannot be read: {error.strerror}") from None
+        raise unreadable(path, error) from None
     return True
 
 
 def _open_path(path: Path) -> Checkpoint:
     where = str(path)
     if path.is_dir():
-        try:
-            refuse_by_config(where, path)
-            weights = find_weights(where, path)
-        except OSError as error:
-            raise InputError(where, f"cannot be read: {error.strerror}") from None
+        refuse_by_config(where, path)
+        weights = find_weights(where, path)
         return _open_weights(weights, Origin(where, directory=path))
     if path.name.endswith(".index.json"):
         raise InputError(where, "is an index of shards; give the directory that it is in")

@@ -248,7 +248,13 @@ class _Directory:
         if self._again or not layout.is_here(self._snapshot.root, entry.path):
             return False
         copy.parent.mkdir(parents=True, exist_ok=True)
-        files.write_file(copy, self._snapshot.root / entry.path)
+        cached = self._snapshot.root / entry.path
+        try:
+            files.write_file(copy, cached)
+        except OSError as error:
+            if error.filename is None or os.fsdecode(error.filename) != str(cached):
+                raise
+            return False  # what the cache has cannot be read: it comes from the Hub
         return _is_right(self._gathered, entry)
 
     # --- into the directory ---
