@@ -45,7 +45,7 @@ tallstore demo
 # a bundle from a folder of fine-tunes, and one of them back
 tallstore pack --base bert --experts fine-tunes --out bundle
 tallstore inspect bundle
-tallstore add bundle --base bert --expert mood=fine-tunes/mood
+tallstore add bundle --base bert --expert news=runs/news
 tallstore export bundle spam --base bert --out bert-spam
 # complete commands, options and tasks with the Tab key
 tallstore --install-completion"""

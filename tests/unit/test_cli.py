@@ -107,7 +107,7 @@ def test_hints_name_options_and_leave_the_rest_alone():
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["pac"], "no such command 'pac'; did you mean 'pack'? (see tallstore --help)"),
+        (["verfy"], "no such command 'verfy'; did you mean 'verify'? (see tallstore --help)"),
         (["--colour"], "no such option: --colour (see tallstore --help)"),
         (["inspect"], "give BUNDLE (see tallstore inspect --help)"),
         (["export", "b", "t"], "give --out DIR (see tallstore export --help)"),
@@ -158,7 +158,7 @@ def test_every_option_is_described_and_named_whole(command):
             label = parameter.metavar if parameter.param_type_name == "argument" else parameter.opts[0]
             if not getattr(parameter, "is_flag", False) and label != parameter.metavar:
                 label += f" {parameter.metavar}"
-            assert re.search(rf"^  {re.escape(label)}( {{2,}}\S|$)", text, re.MULTILINE), label
+            assert re.search(rf"^  (-\w, )?{re.escape(label)}( {{2,}}\S|$)", text, re.MULTILINE), label
 
 
 def examples(*page):
@@ -176,6 +176,8 @@ def test_examples_run_as_they_stand(page, tmp_path, monkeypatch):
     save_model(Path("bert"), base_tensors())
     for seed, name in enumerate(("spam", "mood", "topic")):
         save_model(Path("fine-tunes", name), expert_tensors(seed))
+    for seed, place in enumerate(("runs/news", "runs/mood", "more-runs/jokes", "more-runs/cats"), start=3):
+        save_model(Path(place), expert_tensors(seed))
     method = {"consensus": "tall-mask", "stitch": "localize"}.get("".join(page), "signed-mask")
     run("pack", "--base", "bert", "--experts", "fine-tunes", "--out", "bundle", "--method", method)
     commands, comments = examples(*page)

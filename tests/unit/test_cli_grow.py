@@ -315,7 +315,7 @@ def test_removing_needs_no_torch(bundle):
         (["add", "b", "--expert", "a=x", "--mask-lambda", "1"], "--mask-lambda: goes with --method tall-mask, not "),
         (["add", "b", "--expert", "a=x", "--out", "c"], "no such option: --out"),
         (["repack", "b", "--expert", "a=x", "--method", "auto"], "--max-bits: give it with --method auto"),
-        (["remove", "b"], "give TASK…"),
+        (["remove", "b"], "give TASK"),
         (["remove", "b", "a", "--force"], "no such option: --force"),
     ],
 )

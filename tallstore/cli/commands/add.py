@@ -15,13 +15,13 @@ from tallstore.cli.spreading import spread
 USAGE: Final = "BUNDLE (--experts DIR|FILE | --expert NAME=PATH …) [OPTIONS]"
 EXAMPLES: Final = """\
 # one more task; a bundle that has its base, or names it, needs no --base
-tallstore add bundle --base bert --expert mood=fine-tunes/mood
-# several, which share a vector of their own
-tallstore add bundle --base bert --experts new-fine-tunes
+tallstore add bundle --base bert --expert news=runs/news
+# a folder of them, which share a vector with each other
+tallstore add bundle --base bert --experts more-runs
 # a task that was trained again
-tallstore add bundle --base bert --expert mood=fine-tunes/mood-2 --replace
+tallstore add bundle --base bert --expert mood=runs/mood --replace
 # then send what is new
-tallstore push bundle me/experts"""
+tallstore push bundle org/name"""
 
 
 @spread

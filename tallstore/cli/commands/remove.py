@@ -16,18 +16,21 @@ if TYPE_CHECKING:
 
 USAGE: Final = "BUNDLE TASK… [OPTIONS]"
 EXAMPLES: Final = """\
-tallstore remove bundle spam
 # what would go, and how much that frees
 tallstore remove bundle spam mood --dry-run
+# a task
+tallstore remove bundle spam
 # without a question, in a terminal too
-tallstore remove bundle spam --yes"""
+tallstore remove bundle mood --yes"""
 
 
 def remove(
     bundle: LocalBundleArgument,
     task: Annotated[
         list[str],
-        typer.Argument(metavar="TASK…", help="The tasks' names.", show_default=False, autocompletion=task_names),
+        typer.Argument(
+            metavar="TASK", help="A task's name, or several.", show_default=False, autocompletion=task_names
+        ),
     ],
     *,
     yes: Annotated[
