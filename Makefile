@@ -52,7 +52,10 @@ test-all: $(VENV)/dev.stamp ## all tests
 	$(PYTEST) -m 'slow or not slow' $(ARGS)
 
 .PHONY: check
-check: lint ## what CI runs: lint, types, layers, vectors, tests with coverage
+check: lint test ## what CI runs: lint, types, layers, vectors, tests
+
+.PHONY: coverage
+coverage: $(VENV)/dev.stamp ## the tests, and which lines they run
 	$(PYTEST) --cov --cov-report=term $(ARGS)
 
 .PHONY: lint
