@@ -16,6 +16,8 @@ from tallstore.exporting import export
 from tallstore.loading import decode_torch
 from tallstore.loading.device_expert import DeviceExpert
 from tests.command_line import run
+from tests.fuzz import second_reader
+from tests.fuzz.bundle_targets import as_array
 
 RELEASE = Path(__file__).parents[1] / "data" / "first-release"
 WEIGHTS = json.loads((RELEASE / "weights.json").read_text(encoding="utf-8"))
@@ -86,6 +88,21 @@ def test_every_tensor_comes_back_bit_for_bit_as_on_a_device(name, task):
             bundle._expert(task), bundle._files, bundle._pinned(), torch.device("cpu"), decode_torch.decode
         )
         assert described(expert.tensors(bundle.keys(task))) == expected(name, task)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_the_second_implementation_makes_the_same_of_them(name):
+    files = [path for path in (RELEASE / name).rglob("*") if path.is_file()]
+    contents = {path.relative_to(RELEASE / name).as_posix(): path.read_bytes() for path in files}
+    directory = BASES[name]
+    base = second_reader.read_base(contents, None if directory is None else directory / "model.safetensors")
+    experts = second_reader.experts(contents, base)
+    assert experts.keys() == WEIGHTS[name].keys()
+    with opened(name) as bundle:
+        for task, theirs in experts.items():
+            ours = bundle.state_dict(task)
+            assert ours.keys() == theirs.keys()
+            assert not [key for key in ours if second_reader.differs(as_array(ours[key]), theirs[key])]
 
 
 def test_models_switch_between_its_tasks():
