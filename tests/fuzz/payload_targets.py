@@ -82,6 +82,9 @@ class _Memory:
     def expect(self, start: int, stop: int) -> None:
         pass
 
+    def version(self) -> int:
+        return 0
+
     def close(self) -> None:
         pass
 
