@@ -57,9 +57,9 @@ def pull(
         revision: a branch, a tag or a commit; by default ``main``.
         local_dir: the directory to write, which holds no links. If an earlier pull wrote it, tasks are added, and where
             the bundle has changed, those that are there are brought up to date; if you added some to it yourself, that
-            the bundle on the Hub does not have, it is refused. The manifest is written last, when
-            everything else is in its place; what was downloaded by a pull that failed is kept beside it, hidden, for
-            the next one. None leaves the files in the Hub's cache.
+            the bundle on the Hub does not have, it is refused. The directory changes in one step, when everything is
+            there, and your own files in it stay; what was downloaded by a pull that failed is kept beside it, hidden,
+            for the next one. None leaves the files in the Hub's cache.
         cache_dir: where the Hub's cache is, if not in its usual place.
         token: for the Hub; by default the one that its login stored.
         local_files_only: ask nothing of the Hub; take everything from its cache.

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import tallstore
 from tallstore import exporting
 from tallstore.format import layout
@@ -252,24 +254,32 @@ def speak_with(url: str) -> None:
 
 # --- the operations ---
 
-NAMES: Sequence[str] = (
-    "pack to a free place",
-    "pack over a bundle",
-    "pack over a bundle in two steps",
-    "export to a free place",
-    "export over an export",
-    "export all over exports",
-    "report to a free place",
-    "report over a report",
-    "pull into the cache",
-    "pull to a free place",
-    "pull more tasks",
-    "pull over an older bundle",
-    "add a task",
-    "add in the place of a task",
-    "remove a task",
-    "repack over its groups",
-)
+#: By name, whether the ordinary run has all that stops an operation (2), kills alone (1), or nothing (0).
+_ORDINARY: Mapping[str, int] = {
+    "pack to a free place": 0,
+    "pack over a bundle": 2,
+    "pack over a bundle in two steps": 1,
+    "export to a free place": 0,
+    "export over an export": 0,
+    "export all over exports": 2,
+    "report to a free place": 0,
+    "report over a report": 1,
+    "pull into the cache": 0,
+    "pull to a free place": 1,
+    "pull more tasks": 0,
+    "pull over an older bundle": 2,
+    "add a task": 1,
+    "add in the place of a task": 2,
+    "remove a task": 1,
+    "repack over its groups": 1,
+}
+NAMES = tuple(_ORDINARY)
+
+
+def some(least: int = 2, names: Sequence[str] = NAMES) -> list[Any]:
+    """Parameters of a test: the names of all operations, of which the ordinary run leaves some out."""
+    slow = pytest.mark.slow
+    return [name if _ORDINARY[name] >= least else pytest.param(name, marks=slow) for name in names]
 
 
 def operation(name: str, specimens: Specimens, place: Path) -> Operation:

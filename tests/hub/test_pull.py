@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from filelock import FileLock
 
 import tallstore
 from tallstore.format import layout
@@ -152,6 +153,20 @@ def test_what_the_cache_has_is_not_downloaded(case, tmp_path):
     assert without_origin(case.out) == without_origin(tmp_path / "offline") == contents(case.bundle)
 
 
+def test_what_a_killed_download_left_in_the_cache_is_removed(case):
+    path = case.pull(tasks=["task1"]).value
+    repository = path.parents[1]
+    etag = path.joinpath("base.json").readlink().name
+    pieces = [repository / "blobs" / f"{etag}.{number}.incomplete" for number in ("1a2b3c4d", "5e6f7a8b")]
+    for piece in pieces:
+        piece.write_bytes(b"half")
+    with FileLock(repository.parent / ".locks" / repository.name / f"{etag}.lock"):
+        case.pull(tasks=["task1"])
+        assert all(piece.exists() for piece in pieces)  # they may be coming now
+    case.pull(tasks=["task1"])
+    assert not list(repository.rglob("*.incomplete"))
+
+
 def test_a_wrong_file_in_the_cache_is_found_by_a_pull(case):
     path = case.pull().value
     shard = next(path.glob("tasks/*/mask-*"))
@@ -182,9 +197,15 @@ def test_a_bundle_that_changed_is_brought_up_to_date(case, models, tmp_path):
     tallstore.pack(models / "base", experts, tmp_path / "new", embed_base=True, method=tallstore.Sign())
     new = contents(tmp_path / "new")
     case.hub.repositories[case.repo_id].push(new, delete=set(contents(case.bundle)) - set(new))
+    (case.out / "notes").mkdir()
+    (case.out / "notes" / "mine.ipynb").write_text("mine")
+    (case.out / "latest").symlink_to("notes")
+    inode = (case.out / "notes" / "mine.ipynb").stat().st_ino
     found = case.pull("directory", tasks=["task4"])
     assert found.error is None, found.problem
     assert tallstore.verify(case.out) == []
+    assert (case.out / "latest" / "mine.ipynb").stat().st_ino == inode  # one's own files stay, and are not copied
+    assert (case.out / "latest").is_symlink()
     assert {path.name for path in (case.out / "tasks").iterdir()} == {"task2", "task4"}
     assert digests(case.out, ["task2", "task4"]) == digests(tmp_path / "new", ["task2", "task4"])
 
