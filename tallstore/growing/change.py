@@ -83,7 +83,8 @@ class Change:
         ]
         place = self.root / layout.MANIFEST
         before = place.read_bytes()
-        if parse_manifest(before, layout.MANIFEST) != self.manifest:  # where the system has no locks
+        # Where the system has no locks. No other manifest has this one's hash of itself.
+        if self.manifest.manifest_sha256.encode() not in before:
             raise OutputBusyError(f"{self.root}: was changed by another process meanwhile; start again")
         old, new = self.room / "before.json", self.room / "after.json"
         files.write_file(old, before)
@@ -98,14 +99,18 @@ class Change:
                 old.replace(place)
                 raise
         finally:
-            self._delete_unlisted(fresh)
+            there = place.read_bytes()
+            kept = coming if there == raw else listed if there == before else None
+            self._delete_unlisted(fresh, _paths_of(there) if kept is None else kept)
 
-    def _delete_unlisted(self, fresh: list[str]) -> None:
+    def _delete_unlisted(self, fresh: list[str], listed: set[str]) -> None:
         """Delete, of the old files and the *fresh* ones, what the manifest that is there does not list."""
-        there = parse_manifest((self.root / layout.MANIFEST).read_bytes(), layout.MANIFEST)
-        listed = {file.path for file in there.files}
         paths = dict.fromkeys((*fresh, *(file.path for file in self.manifest.files)))
         _warn_of_refusals(self.root, lambda: delete(self.root, (path for path in paths if path not in listed)))
+
+
+def _paths_of(manifest: bytes) -> set[str]:
+    return {file.path for file in parse_manifest(manifest, layout.MANIFEST).files}
 
 
 def _files_below(made: Path) -> list[str]:
