@@ -11,7 +11,7 @@ import xxhash
 from second.elements import CHUNK, NBITS, Array, Json
 from second.frames import frame, planes
 
-FORMAT_VERSION = "1.0-draft"
+FORMAT_VERSION = "1.0"
 ALIGNMENT = 64
 
 

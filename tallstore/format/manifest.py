@@ -13,7 +13,7 @@ from msgspec import Meta, Struct
 
 from tallstore.format.dtypes import Dtype
 
-FORMAT_VERSION = "1.0-draft"
+FORMAT_VERSION = "1.0"
 
 MAX_TASKS = 100_000
 MAX_GROUPS = 100_000

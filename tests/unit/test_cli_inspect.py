@@ -51,7 +51,7 @@ def crowd(tmp_path_factory):
 def test_a_row_a_task(bundle):
     result = run("inspect", bundle)
     lines = result.stdout.splitlines()
-    assert f"bundle  {bundle} (format 1.0-draft, by tallstore {tallstore.__version__})" in lines[0]
+    assert f"bundle  {bundle} (format 1.0, by tallstore {tallstore.__version__})" in lines[0]
     assert re.search(r"signed-mask \(threshold 1.2, .*\), merged in log4, 3 tasks", result.stdout)
     assert re.search(r"^tasks   3; cosine 0\.\d{3}", result.stdout, re.MULTILINE)
     assert re.search(r"ratio .* times smaller than 3 checkpoints \(", result.stdout)

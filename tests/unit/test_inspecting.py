@@ -92,7 +92,7 @@ def test_base_and_group_are_described(packed):
     assert (group.id, group.method, group.tasks) == ("g0001", "signed-mask", 3)
     assert group.parameters == {"threshold": 1.2, "scale": "tensor", "gain": "one"}
     assert group.merged_dtypes == ("LOG4",)
-    assert summary.format_version == "1.0-draft"
+    assert summary.format_version == "1.0"
 
 
 def test_every_coded_kind_is_counted_and_weighed(tmp_path):

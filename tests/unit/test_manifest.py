@@ -22,7 +22,7 @@ WHERE = "here.json"
 
 MANIFEST = {
     "format": "tallstore",
-    "format_version": "1.0-draft",
+    "format_version": "1.0",
     "manifest_sha256": "0" * 64,
     "generator": "tallstore 0.1.0",
     "required_features": [],

@@ -109,14 +109,14 @@ def test_a_bundle_as_html_holds_what_inspect_says(packed):
     assert [row[3:] for row in page.rows[1:]] == [[f"{t.cosine:.4f}", f"{t.gain:.4f}"] for t in report.tasks]
     assert page.lines[0].startswith(f"bundle {root}: 3 tasks, {report.bundle_nbytes / 1000:.1f} kB (")
     assert "of the base)" in page.lines[0]
-    assert page.lines[1] == "signed-mask; base in the bundle; format 1.0-draft"
+    assert page.lines[1] == "signed-mask; base in the bundle; format 1.0"
 
 
 def test_a_bundle_prints_a_line_a_task(packed):
     root, report = packed
     first, second, *lines = str(tallstore.open_bundle(root)).splitlines()
     assert first.startswith(f"bundle {root}: 3 tasks, {report.bundle_nbytes / 1000:.1f} kB (")
-    assert second == "signed-mask; base in the bundle; format 1.0-draft"
+    assert second == "signed-mask; base in the bundle; format 1.0"
     assert lines == [
         f"  {task.name}: {task.nbytes / 1000:.1f} kB, cosine {task.cosine:.4f}, gain {task.gain:.4f}"
         for task in report.tasks

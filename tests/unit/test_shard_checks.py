@@ -105,7 +105,7 @@ def test_records_that_stand_in_another_order_than_the_payloads_are_found(tmp_pat
     first, second = b"a" * 64, b"b" * 64
     records = [xxhash.xxh3_128_digest(raw) + (64).to_bytes(8, "little") + bytes(8) for raw in (second, first)]
     entries = {
-        "__metadata__": {"tallstore": "1.0-draft"},
+        "__metadata__": {"tallstore": "1.0"},
         "values/a": {"dtype": "U8", "shape": [64], "data_offsets": [0, 64]},
         "values/b": {"dtype": "U8", "shape": [64], "data_offsets": [64, 128]},
         "index": {"dtype": "U8", "shape": [2, 32], "data_offsets": [128, 192]},

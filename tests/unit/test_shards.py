@@ -258,7 +258,7 @@ def test_any_reader_of_safetensors_opens_a_shard(small):
     path, _, stored = small
     with safetensors.safe_open(path, "np") as file:
         assert set(file.keys()) == {"bits/w", "fields/w", "pool", "index"}
-        assert file.metadata() == {"tallstore": "1.0-draft"}
+        assert file.metadata() == {"tallstore": "1.0"}
         index = file.get_tensor("index")
         assert (index.dtype, index.shape) == (np.uint8, (3, 32))
         found = file.get_tensor("bits/w")
@@ -277,7 +277,7 @@ def test_everything_begins_on_a_64_byte_boundary(small):
     assert raw[nbytes - 1 : nbytes] in b" }"
     assert shard.header_xxh3 == xxhash.xxh3_128_hexdigest(raw[:nbytes])
     entries = json.loads(raw[8:nbytes])
-    assert entries.pop("__metadata__") == {"tallstore": "1.0-draft"}
+    assert entries.pop("__metadata__") == {"tallstore": "1.0"}
     assert all(entry["data_offsets"][0] % 64 == 0 for entry in entries.values())
     assert max(entries, key=lambda key: entries[key]["data_offsets"]) == "index"
     first, end = entries["index"]["data_offsets"]
@@ -475,7 +475,7 @@ def entry(start, stop, **changes):
 
 CONTENT = bytes(range(100))
 ENTRIES = {
-    "__metadata__": {"tallstore": "1.0-draft"},
+    "__metadata__": {"tallstore": "1.0"},
     "values/w": entry(0, 128),
     "index": entry(128, 160, shape=[1, 32]),
 }
@@ -534,7 +534,7 @@ def test_the_handmade_shard_is_read(tmp_path):
         ("ST-3", {"pad": False}),
         ("ST-4", {"entries": {key: ENTRIES[key] for key in ("values/w", "index")}}),
         ("ST-4", {"entries": {**ENTRIES, "__metadata__": {}}}),
-        ("ST-4", {"entries": {**ENTRIES, "__metadata__": {"tallstore": "1.0-draft", "more": "x"}}}),
+        ("ST-4", {"entries": {**ENTRIES, "__metadata__": {"tallstore": "1.0", "more": "x"}}}),
         ("ST-4", {"entries": {**ENTRIES, "__metadata__": {"format": "pt"}}}),
         ("ST-4", {"entries": {**ENTRIES, "__metadata__": {"tallstore": 1}}}),
         ("IDX-1", {"entries": {key: ENTRIES[key] for key in ("__metadata__", "values/w")}, "data": DATA[:128]}),
