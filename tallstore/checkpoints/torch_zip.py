@@ -70,7 +70,7 @@ def _records(file: BinaryIO) -> dict[int, int]:
     """The first byte of everything that the archive stores as it is, and its length."""
     try:
         entries = zipfile.ZipFile(file).infolist()
-    except zipfile.BadZipFile:  # torch may be more lenient
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):  # torch may be more lenient
         return {}
     found = {}
     for entry in entries:

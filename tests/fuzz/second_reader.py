@@ -159,6 +159,8 @@ def _tensor(row: Any, base: Mapping[str, Array], own: _Shards, merged: _Shards, 
         numel = math.prod(shape)
         raw = own.read(f"values/{row['name']}", row["values"], numel, width, is_float=is_float) if numel else b""
         return Array(dtype, shape, raw)
+    if 0 in shape:  # equal to a base tensor without elements: there is nothing to read, and nothing to differ
+        return Array(dtype, shape, b"")
     source = base[row.get("base") or row["name"]]
     if kind != "extended":
         return _coded(row, row, source, source.shape, own, merged, vectors)
