@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import BinaryIO
@@ -123,7 +124,16 @@ def remove_held(staging: Path, lock: int | None) -> None:
     What the system does not let be removed stays, for the next writer.
     """
     with contextlib.suppress(OSError):
-        _remove_held(staging, lock)
+        to_its_end(lambda: _remove_held(staging, lock))
+
+
+def to_its_end(clean_up: Callable[[], object]) -> None:
+    """Clean up; if somebody interrupts that, once more from the beginning, before the interruption goes on."""
+    try:
+        clean_up()
+    except KeyboardInterrupt:
+        clean_up()
+        raise
 
 
 def _remove_held(staging: Path, lock: int | None) -> None:

@@ -23,6 +23,7 @@ from tallstore.format.parsing import MAX_JSON_NBYTES, parse_manifest, serialise_
 from tallstore.format.sweeping import delete, sweep
 from tallstore.format.tables import check_manifest, refuse
 from tallstore.hub.ids import on_hub
+from tallstore.locking import to_its_end
 from tallstore.sizes import readable
 
 
@@ -101,7 +102,7 @@ class Change:
         finally:
             there = place.read_bytes()
             kept = coming if there == raw else listed if there == before else None
-            self._delete_unlisted(fresh, _paths_of(there) if kept is None else kept)
+            to_its_end(lambda: self._delete_unlisted(fresh, _paths_of(there) if kept is None else kept))
 
     def _delete_unlisted(self, fresh: list[str], listed: set[str]) -> None:
         """Delete, of the old files and the *fresh* ones, what the manifest that is there does not list."""

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from pathlib import Path
+from typing import Final
+
+_A_MOMENT: Final = 60.0  # seconds
 
 
 def remove_leftovers(snapshot: Path) -> None:
@@ -12,6 +16,11 @@ def remove_leftovers(snapshot: Path) -> None:
     Who downloads a file holds its lock. What cannot be removed stays.
     """
     repository = snapshot.parent.parent
+    for probe in (repository / "blobs").glob("tmp_*"):  # the client makes one for a moment, to see its mode
+        with contextlib.suppress(OSError):
+            status = probe.stat()
+            if status.st_size == 0 and time.time() - status.st_mtime > _A_MOMENT:
+                probe.unlink()
     pieces = list((repository / "blobs").glob("*.incomplete"))
     if not pieces:
         return

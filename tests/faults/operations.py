@@ -207,8 +207,10 @@ class Cached(Look):
 
 def everything(root: Path) -> Digests:
     """As `digests`; and the directories, so that one that should have gone is noticed."""
+    # The Hub's client makes an empty "tmp_…" for a moment, which goes when it has been there for a minute.
+    files = {path: digest for path, digest in digests(root).items() if not path.name.startswith("tmp_")}
     folders = {path.relative_to(root): "" for path in root.rglob("*") if path.is_dir() and not path.is_symlink()}
-    return {**folders, **digests(root)}
+    return {**folders, **files}
 
 
 # --- what is called ---

@@ -160,11 +160,15 @@ def test_what_a_killed_download_left_in_the_cache_is_removed(case):
     pieces = [repository / "blobs" / f"{etag}.{number}.incomplete" for number in ("1a2b3c4d", "5e6f7a8b")]
     for piece in pieces:
         piece.write_bytes(b"half")
+    for name, age in (("tmp_old", 100), ("tmp_new", 0)):
+        (repository / "blobs" / name).touch()
+        os.utime(repository / "blobs" / name, (time.time() - age,) * 2)
     with FileLock(repository.parent / ".locks" / repository.name / f"{etag}.lock"):
         case.pull(tasks=["task1"])
         assert all(piece.exists() for piece in pieces)  # they may be coming now
     case.pull(tasks=["task1"])
     assert not list(repository.rglob("*.incomplete"))
+    assert [path.name for path in repository.rglob("tmp_*")] == ["tmp_new"]
 
 
 def test_a_wrong_file_in_the_cache_is_found_by_a_pull(case):
