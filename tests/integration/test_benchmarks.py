@@ -94,3 +94,18 @@ def test_the_cost_of_workers_is_printed():
     assert "| worker, peak anonymous MiB | " in measured
     assert "| on 2 workers, minutes | " in multiplied
     assert run.stderr == ""
+
+
+@pytest.mark.slow
+def test_what_grows_with_the_number_of_tasks_is_printed():
+    run = subprocess.run(
+        [sys.executable, BENCHMARKS / "many_tasks.py", "--tasks", "2,4", "--tensors", "1", "--repeats", "1"],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert "| milliseconds | 2 tasks | 4 tasks |" in run.stdout
+    for call in ("`open_bundle`", "`add` of a task, and `remove` of it", "`tallstore inspect`"):
+        assert f"\n| {call} | " in run.stdout
+    assert run.stderr == ""
