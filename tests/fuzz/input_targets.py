@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -15,6 +16,12 @@ from tests.fuzz import seeds
 from tests.fuzz.outcomes import Broken, typed
 
 _MAX_NBYTES = 32 << 20
+
+
+def write_old(path: Path, content: bytes) -> None:
+    """Write a file as if it had long been there: of a new one, a reader waits until it is surely complete."""
+    path.write_bytes(content)
+    os.utime(path, (1e9, 1e9))
 
 
 def read_all(path: Path) -> None:
@@ -40,7 +47,7 @@ class Checkpoints:
 
     def __call__(self, data: bytes) -> None:
         """Write it, open it, read all of it."""
-        self._path.write_bytes(data)
+        write_old(self._path, data)
         read_all(self._path)
 
 
@@ -58,7 +65,7 @@ class TorchFiles:
 
     def __call__(self, data: bytes) -> None:
         """Write it, open it, read all of it."""
-        self._path.write_bytes(data)
+        write_old(self._path, data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             read_all(self._path)
@@ -98,7 +105,7 @@ class Indices:
         """Write it, open the directory, read all of it."""
         for name in self._names:
             (self._place / name).unlink(missing_ok=True)
-        (self._place / self._names[data[0] % 3 if data else 0]).write_bytes(data[1:])
+        write_old(self._place / self._names[data[0] % 3 if data else 0], data[1:])
         read_all(self._place)
 
 
