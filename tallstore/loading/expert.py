@@ -208,6 +208,8 @@ class Expert:
             yield Section(0, numel, self._stored(values_of(tensor)), own)
         if not isinstance(tensor, BasedTensor):
             return
+        if numel == 0:
+            self._base.name_of(tensor.base_name)  # nothing of it will be read, and yet it must be there (BASE-1)
         border = math.prod(leading_shape(tensor)) if isinstance(tensor, ExtendedTensor) else numel
         if start < min(border, stop):
             coded = coded_part(tensor)

@@ -240,6 +240,7 @@ class ResidentBase(PinnedBase):
         """
         if name in self._complete:
             return
+        self._source.name_of(name)  # of a tensor without elements nothing is read, and yet it must be there (BASE-1)
         if not self._held:
             self._files = self._source.watch()
         for index, span in enumerate(chunk_spans(numel)):
@@ -260,6 +261,10 @@ class ResidentBase(PinnedBase):
     def holds(self, name: str, start: int) -> bool:
         """Whether the chunk that element *start* lies in stays where it was read."""
         return (name, start // CHUNK_NUMEL) in self._held
+
+    def name_of(self, name: str) -> str:
+        """As `PinnedBase.name_of`."""
+        return self._source.name_of(name)
 
     def read(self, name: str, start: int, stop: int, *, mapped: bool = False) -> Tensor:
         """As `PinnedBase.read`; what is held is mapped in any case."""

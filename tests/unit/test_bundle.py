@@ -396,6 +396,20 @@ def test_a_pinned_base_is_opened_by_its_commit(tmp_path, monkeypatch):
     assert asked == [("org/name", None)]
 
 
+@pytest.mark.parametrize(("given", "problem"), [({}, "is missing"), ({"empty": torch.zeros(3, 0)}, r"\[3, 0\]")])
+def test_a_tensor_without_elements_must_be_in_the_base_too(tmp_path, given, problem):
+    base = {"w": torch.randn(64, 64), "empty": torch.zeros(0, 3)}
+    tallstore.pack(
+        base, {"t": {**base, "w": base["w"] + 0.01 * torch.randn(64, 64)}}, tmp_path / "bundle", method=tallstore.Sign()
+    )
+    with tallstore.open_bundle(tmp_path / "bundle", base={"w": base["w"], **given}) as bundle:
+        model = torch.nn.Module()
+        model.register_buffer("empty", torch.zeros(0, 3))
+        for load in (lambda: bundle.tensor("t", "empty"), lambda: bundle.attach(model, strict=False).set_expert("t")):
+            with pytest.raises(tallstore.BaseMismatchError, match=problem):
+                load()
+
+
 @pytest.mark.parametrize(
     ("change", "rule", "problem"),
     [
