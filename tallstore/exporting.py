@@ -298,7 +298,7 @@ def _copy_companion(file: CompanionFile, source: Path, directory: Path) -> None:
 
 def _check_output(target: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
     resolved = target.resolve()
-    for place in filter(Path.exists, inputs):
+    for place in filter(os.path.exists, inputs):
         other = place.resolve()
         if resolved == other or other in resolved.parents:
             raise OutputInsideInputError(f"{target}: lies inside the input {place}; choose another place")

@@ -353,7 +353,8 @@ class BundleFiles:
         self._bring(self._paths[layout.BASE_DIRECTORY])
         for path in self._paths[layout.BASE_DIRECTORY]:
             try:
-                size = layout.resolve(self.root, path).stat().st_size
+                with layout.readable(path):
+                    size = layout.resolve(self.root, path).stat().st_size
             except FileNotFoundError:
                 raise self._absence.missing(path) from None
             self._absence.check_size(self.files[path], size)
@@ -370,7 +371,8 @@ class BundleFiles:
         self._bring(layout.companion_path(each.sha256) for each in task.table.files)
         try:
             place = layout.resolve(self.root, path)
-            size = place.stat().st_size
+            with layout.readable(path):
+                size = place.stat().st_size
         except FileNotFoundError:
             raise self._absence.missing_companion(path, file.name, task.entry.name) from None
         self._absence.check_size(self.files[path], size)

@@ -133,7 +133,8 @@ def changing(bundle: str | os.PathLike[str]) -> Iterator[Change]:
     with contextlib.ExitStack() as opened:
         found: list[BundleFiles] = []
         room = opened.enter_context(files.room_beside(root, lambda: found.append(_open(root))))
-        _refuse_unwritable(root)
+        with files.writing(root):
+            _refuse_unwritable(root)
         _warn_of_refusals(root, lambda: sweep(root, found[0].manifest, but_for_listed=True))
         opened.enter_context(contextlib.closing(found[0]))
         yield Change(root, found[0], room, is_trial=False)
@@ -157,13 +158,14 @@ def _directory(bundle: str | os.PathLike[str]) -> Path:
         )
     root = Path(os.path.realpath(bundle))
     manifest = root / layout.MANIFEST
-    if not manifest.exists():
-        raise BundleNotFoundError(f"{bundle}: there is no bundle (no {layout.MANIFEST}); check the path")
-    if manifest.is_symlink() or (root.parent.name == "snapshots" and (root.parent.parent / "refs").is_dir()):
-        raise OutputError(
-            f"{bundle}: is in the cache of the Hub's client, which nobody may change; pull the bundle into a directory"
-            " of its own (tallstore pull … --out DIRECTORY), and change that"
-        )
+    with files.writing(root):
+        if not manifest.exists():
+            raise BundleNotFoundError(f"{bundle}: there is no bundle (no {layout.MANIFEST}); check the path")
+        if manifest.is_symlink() or (root.parent.name == "snapshots" and (root.parent.parent / "refs").is_dir()):
+            raise OutputError(
+                f"{bundle}: is in the cache of the Hub's client, which nobody may change; pull the bundle into a"
+                " directory of its own (tallstore pull … --out DIRECTORY), and change that"
+            )
     return root
 
 
