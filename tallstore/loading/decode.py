@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator
 from functools import cache
 from typing import Final
@@ -23,6 +24,7 @@ from tallstore.loading.subnormals import subnormals_count
 
 _TILE_NUMEL: Final = 1 << 19  # near enough to the caches, and few calls: between any two, threads wait for each other
 _SERIAL_NUMEL: Final = 1 << 15  # torch works on that many elements without its other threads
+_PROCESS: Final = os.getpid()
 
 
 def rebuild(destination: Tensor, base: Tensor, sides: Sides, centre: SharedChunk | None, start: int) -> None:
@@ -135,6 +137,8 @@ def _ieee_arithmetic(numel: int) -> Iterator[int]:
 
 
 def _other_threads_flush() -> bool:
+    if os.getpid() != _PROCESS:  # they stayed with the parent: torch would wait for them for ever
+        return True
     probe, subnormal = _probe()
     return not bool(torch.mul(probe, 0.5)[subnormal].all())
 
@@ -146,3 +150,13 @@ def _probe() -> tuple[Tensor, Tensor]:
     places = torch.arange(0, _TILE_NUMEL, _SERIAL_NUMEL // 8, device="cpu")
     tile[places] = torch.finfo(torch.float32).tiny
     return tile, places
+
+
+def _work_alone() -> None:
+    """Where torch's threads have begun, a forked process has none of them: one does, as in DataLoader's workers."""
+    if _probe.cache_info().currsize:
+        torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_work_alone)

@@ -120,6 +120,7 @@ def all_ways(bundle: tallstore.Bundle, expected: Mapping[str, str], seed: int, r
 
 def in_a_process(bundle: tallstore.Bundle, expected: Mapping[str, str], seed: int) -> None:
     """What a forked or spawned process does."""
+    torch.set_num_threads(1)  # as DataLoader's workers do: of torch's threads a forked process has none
     all_ways(bundle, expected, seed)
     switches(bundle, expected, seed, 6)
 
@@ -144,6 +145,7 @@ def forked(work: Callable[[], object]) -> int:
     if not child:
         code = 1
         with contextlib.suppress(BaseException):
+            torch.set_num_threads(1)  # of torch's threads, it has none
             faulthandler.register(signal.SIGALRM, chain=True)  # says where a child hangs, and ends it
             signal.alarm(PATIENCE // 2)
             work()

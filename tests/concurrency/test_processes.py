@@ -8,6 +8,8 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import threading
 from functools import partial
 
@@ -94,6 +96,29 @@ def busy(work, count: int = 3):
         over.set()
         for thread in threads:
             thread.join(PATIENCE)
+
+
+LOADS_AND_FORKS = """
+import os, sys
+import torch
+import tallstore
+
+torch.set_num_threads(2)
+with tallstore.open_bundle(sys.argv[1], base=sys.argv[2]) as bundle:
+    task = bundle.tasks[0]
+    before = bundle.state_dict(task)
+    child = os.fork()
+    if not child:
+        after = bundle.state_dict(task)
+        os._exit(not all(torch.equal(after[name], before[name]) for name in before))
+    sys.exit(os.waitpid(child, 0)[1])
+"""
+
+
+def test_a_forked_process_waits_for_no_thread_that_it_has_not(chunks):
+    """A load in the parent has made torch begin its threads; who forks then need not know of them."""
+    command = [sys.executable, "-c", LOADS_AND_FORKS, chunks.path, chunks.base]
+    subprocess.run(command, check=True, timeout=PATIENCE, env={**os.environ, "TALLSTORE_COMPILE": "0"})
 
 
 @pytest.mark.parametrize("forks", [10, pytest.param(500, marks=pytest.mark.slow)])
