@@ -103,7 +103,7 @@ def _refusal(option: str, doing: str, error: Exception) -> OptionError:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_ours(frame.filename)]
     lines = [frame.lineno for frame in frames if frame.filename == frames[0].filename]
     where = f" ({Path(frames[0].filename).name}, line {lines[-1]})" if frames else ""
-    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    said = f"{type(error).__name__}: {' '.join(str(error).split())}" if str(error) else type(error).__name__
     return OptionError(f"{option}: {doing} raised {said}{where}")
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections import Counter
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from tallstore.loading import decode_torch
 from tallstore.loading.agreement import agree
@@ -25,6 +26,7 @@ class Kernels:
         self._found: dict[Form, Kernel | None] = {}
         self._asked = Counter[Form]()
         self._lock = threading.Lock()
+        self._paused: Any = None  # llvmlite, whose lock a pause holds
 
     def expect(self, form: Form, numel: int) -> None:
         """Say that *numel* elements of a form are about to be decoded."""
@@ -46,11 +48,16 @@ class Kernels:
             return self._found.get(form)
 
     def pause(self) -> None:
-        """Wait until nothing is being compiled, and let nothing begin."""
+        """Wait until nothing is being compiled, nor anything freed that was, and let nothing begin."""
         self._lock.acquire()
+        self._paused = sys.modules.get("llvmlite.binding.ffi")
+        if self._paused is not None:
+            self._paused.lib._lock.__enter__()  # noqa: SLF001 - what waits for a fork knows of no other way
 
     def go_on(self) -> None:
         """The end of a pause."""
+        if self._paused is not None:
+            self._paused.lib._lock.__exit__(None, None, None)  # noqa: SLF001
         self._lock.release()
 
 

@@ -84,7 +84,7 @@ def busy(work, count: int = 3):
     over = threading.Event()
 
     def run():
-        while not over.is_set():
+        while not over.wait(0.002):  # long enough for a fork to get a lock that is taken all the time
             work()
 
     threads = [threading.Thread(target=run) for _ in range(count)]

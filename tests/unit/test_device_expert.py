@@ -10,7 +10,15 @@ import pytest
 import torch
 
 import tallstore
-from tallstore.loading import decode_torch, device_decoders, device_expert, model_weights, sending, staging, switching
+from tallstore.loading import (
+    decode_torch,
+    device_decoders,
+    device_expert,
+    model_weights,
+    model_writer,
+    sending,
+    staging,
+)
 from tallstore.loading.device_decoders import computes_exactly, decoder_for
 from tallstore.loading.device_expert import DeviceExpert
 from tallstore.loading.packed import BLOCK_NUMEL, Batch, Form, Piece, Rows
@@ -414,7 +422,7 @@ def models_elsewhere(monkeypatch):
         DeviceExpert, "write", lambda expert, targets: written.extend(targets) or write(expert, targets)
     )
     monkeypatch.setattr(device_expert, "decoder_for", lambda _device: decode_torch.decode)
-    for module in (model_weights, switching):
+    for module in (model_weights, model_writer):
         monkeypatch.setattr(module, "is_sent", lambda target: target.is_contiguous())
         monkeypatch.setattr(module, "is_direct", lambda _target: False)
     return written

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tallstore
-from tallstore.loading import decode_torch, device_expert, device_memory, device_writes, model_weights, switching
+from tallstore.loading import decode_torch, device_expert, device_memory, device_writes, model_weights, model_writer
 from tallstore.loading.contents import OfBase
 from tallstore.loading.device_memory import DeviceMemory
 from tallstore.loading.device_pieces import Opener
@@ -164,9 +164,9 @@ def kept(monkeypatch):
     monkeypatch.setattr(DeviceMemory, "write", lambda memory, task: written.append(task) or write(memory, task))
     for module in (device_expert, device_memory):
         monkeypatch.setattr(module, "decoder_for", lambda _device: decode_torch.decode)
-    for module in (model_weights, switching, device_writes):
+    for module in (model_weights, model_writer, device_writes):
         monkeypatch.setattr(module, "is_sent", lambda target: target.is_contiguous())
-    for module in (model_weights, switching):
+    for module in (model_weights, model_writer):
         monkeypatch.setattr(module, "is_direct", lambda _target: False)
     return written
 
