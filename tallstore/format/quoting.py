@@ -9,9 +9,9 @@ _MAX_SHOWN: Final = 80
 _PLAIN_KEY: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 
 
-def quoted(text: str) -> str:
-    """Text in quotes; what is no printable character is escaped."""
-    return repr(text) if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]!r}…"
+def quoted(text: str, limit: int = _MAX_SHOWN) -> str:
+    """Text in quotes, cut behind *limit* characters; what is no printable character is escaped."""
+    return repr(text) if len(text) <= limit else f"{text[:limit]!r}…"
 
 
 def key_place(parent: str, key: str) -> str:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final, Literal, NoReturn, TypeGuard
 
 from tallstore.format.dtypes import DTYPES, Dtype, is_dtype
+from tallstore.format.quoting import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,7 +27,7 @@ _METADATA_KEY: Final = "__metadata__"
 _ENTRY_KEYS: Final = frozenset({"dtype", "shape", "data_offsets"})
 _MAX_DIMENSION: Final = 2**63 - 1
 _MAX_SHOWN_DIMENSIONS: Final = 16
-_MAX_SHOWN_TEXT: Final = 200
+_quoted: Final = partial(quoted, limit=200)  # names of tensors are long
 
 HeaderRule = Literal["ST-1", "ST-2", "ST-4"]
 
@@ -210,11 +212,6 @@ def _payload_nbytes(shape: list[int], itemsize: int, *, limit: int) -> int:
         if nbytes > limit:
             break
     return nbytes
-
-
-def _quoted(text: str) -> str:
-    """*text* as Python would write it: on one line, and cut where a hostile file makes it long."""
-    return repr(text) if len(text) <= _MAX_SHOWN_TEXT else f"{text[:_MAX_SHOWN_TEXT]!r}…"
 
 
 def _check_contiguous(tensors: Mapping[str, Entry], nbytes: int, file_size: int) -> None:

@@ -19,7 +19,7 @@ from tallstore.errors import BundleNotFoundError, OutputBusyError, OutputError
 from tallstore.format import layout
 from tallstore.format.bundle_files import BundleFiles
 from tallstore.format.manifest import MAX_TASKS, Manifest
-from tallstore.format.parsing import MAX_JSON_NBYTES, parse_manifest, serialise_manifest
+from tallstore.format.parsing import MAX_JSON_NBYTES, is_newer_minor, parse_manifest, serialise_manifest
 from tallstore.format.sweeping import delete, sweep
 from tallstore.format.tables import check_manifest, refuse
 from tallstore.hub.ids import on_hub
@@ -171,8 +171,8 @@ def _directory(bundle: str | os.PathLike[str]) -> Path:
 
 def _open(root: Path) -> BundleFiles:
     bundle = BundleFiles(root)
-    # What a later version says and this one would lose is refused (WRITE-5).
-    parse_manifest(layout.read_bounded(root, layout.MANIFEST, MAX_JSON_NBYTES), layout.MANIFEST, to_change=True)
+    if is_newer_minor(bundle.manifest):  # what it says and this version would lose is refused (WRITE-5)
+        parse_manifest(layout.read_bounded(root, layout.MANIFEST, MAX_JSON_NBYTES), layout.MANIFEST, to_change=True)
     return bundle
 
 
