@@ -159,9 +159,9 @@ def _tensor(row: Any, base: Mapping[str, Array], own: _Shards, merged: _Shards, 
         numel = math.prod(shape)
         raw = own.read(f"values/{row['name']}", row["values"], numel, width, is_float=is_float) if numel else b""
         return Array(dtype, shape, raw)
-    if 0 in shape:  # equal to a base tensor without elements: there is nothing to read, and nothing to differ
-        return Array(dtype, shape, b"")
     source = base[row.get("base") or row["name"]]
+    if 0 in shape:  # equal to a base tensor without elements, which must be there (BASE-1): there is nothing to read
+        return Array(dtype, shape, b"")
     if kind != "extended":
         return _coded(row, row, source, source.shape, own, merged, vectors)
     leading = _coded(row, row["leading"], source.rows(row["rows"]), source.shape, own, merged, vectors)
