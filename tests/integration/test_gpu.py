@@ -17,7 +17,7 @@ from torch.distributed import checkpoint
 
 import tallstore
 from tallstore.distributed import BundleStorageReader
-from tallstore.loading import decode_torch, device_expert, device_memory, sending, switching
+from tallstore.loading import decode_torch, device_expert, device_memory, sending
 from tallstore.loading.device_decoders import computes_exactly, decoder_for
 from tallstore.loading.device_expert import DeviceExpert
 from tallstore.loading.staging import CudaStaging, staging_for
@@ -266,7 +266,7 @@ def test_a_switch_that_fails_halfway_leaves_the_old_expert(packed, monkeypatch):
         if len(calls) == 1:
             raise RuntimeError("the device is lost")
 
-    monkeypatch.setattr(switching.DeviceExpert, "write", failing)
+    monkeypatch.setattr(DeviceExpert, "write", failing)
     with pytest.raises(RuntimeError, match="the device is lost"):
         switcher.set_expert("two")
     assert switcher.active_expert == "one"

@@ -196,6 +196,8 @@ def test_a_bundle_of_the_models_own_names_is_taken_by_them(packed, tmp_path):
 def test_what_is_computed_from_a_files_tensor_is_refused_and_nothing_written(packed):
     with packed.open() as bundle:
         model = from_bundle(bundle, "one")
+        if any(name.endswith("mlp.weights_in.weight") for name in model.state_dict()):
+            pytest.skip("this version of transformers leaves the halves as the files have them")
         for write in (bundle.attach, lambda model: bundle.load_into(model, "two", strict=False)):
             with pytest.raises(
                 OptionError, match=r"^tensor '.*mlp.weights_in.*' cannot be written in place: "
