@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import pickletools
 import re
@@ -15,9 +16,10 @@ import torch
 
 from tallstore.checkpoints.checkpoint import Origin
 from tallstore.checkpoints.file_version import Version, check_version, read_range, settled_version, unreadable
+from tallstore.checkpoints.pickle_cost import CostlyPickleError, refuse_costly
 from tallstore.checkpoints.refusals import LFS_POINTER_NBYTES, refuse_lfs_pointer
 from tallstore.checkpoints.state_dict import StateDictCheckpoint, plain_tensors
-from tallstore.checkpoints.torch_zip import byte_offsets
+from tallstore.checkpoints.torch_zip import Record, byte_offsets, records
 from tallstore.errors import DamagedCheckpointError, InputError, UnsafeCheckpointError
 from tallstore.format.dtypes import DTYPES
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _ZIP_START: Final = b"PK\x03\x04"
+_OLD_PICKLES: Final = 5  # one after the other, in files of before torch 1.6; the storages follow
 _REFERS_TO: Final = re.compile(r"GLOBAL ([\w.]+)")
 _MAX_EXPANDED_NBYTES: Final = 16 << 20  # of a view that repeats its elements: buffers such as position ids
 _SAVE_AGAIN: Final = "save the model's state_dict() with safetensors"
@@ -109,8 +112,7 @@ def load_file(path: Path) -> TorchFile:
         raise unreadable(path, error) from None
     refuse_lfs_pointer(path, start)
     is_zip = start.startswith(_ZIP_START)
-    if is_zip:
-        _refuse_compressed(path)
+    archived = _refuse_unloaded(path, is_zip=is_zip)
     try:
         with warnings.catch_warnings():
             # Of unusual pickle protocols: the file loads, or the error says it better.
@@ -119,36 +121,53 @@ def load_file(path: Path) -> TorchFile:
     except pickle.UnpicklingError as error:
         raise _unpickling_error(path, str(error), is_zip=is_zip) from None
     except Exception as error:  # noqa: BLE001 - a damaged file makes torch raise anything, from KeyError to OSError
-        raise DamagedCheckpointError(
-            where, f"is damaged, or was not written by torch.save ({_first_line(error)}); copy or download it again"
-        ) from None
+        raise _damaged(path, error) from None
     if not isinstance(loaded, Mapping):
         raise InputError(where, f"holds an object of type {type(loaded).__name__}, not a state dict; {_SAVE_AGAIN}")
     tensors = plain_tensors(where, loaded)
     for name, tensor in tensors.items():
         if max(tensor.untyped_storage().nbytes(), _MAX_EXPANDED_NBYTES) < tensor.numel() * tensor.element_size():
             raise InputError(where, f"tensor {name!r} repeats its elements beyond what the file holds; {_SAVE_AGAIN}")
-    try:
-        offsets = byte_offsets(path, tensors) if is_zip else {}
-    except OSError as error:
-        raise unreadable(path, error) from None
     check_version(path, version)
-    return TorchFile(path, tensors, version, offsets)
+    return TorchFile(path, tensors, version, byte_offsets(archived, tensors))
 
 
-def _refuse_compressed(path: Path) -> None:
-    """Refuse an archive with compressed entries: torch would map their bytes as if they were weights.
+def _refuse_unloaded(path: Path, *, is_zip: bool) -> tuple[Record, ...]:
+    """Refuse what torch would load wrong, or without end.
+
+    Returns:
+        what an archive holds; nothing of other files.
 
     Raises:
-        DamagedCheckpointError: it has some.
+        DamagedCheckpointError: it is an archive with compressed entries, whose bytes torch would map as if they were
+            weights, or one that nothing but torch can read.
+        UnsafeCheckpointError: a pickle in it would take any time or memory.
+        InputError: it cannot be read.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, UnicodeError):
-        return  # torch says it better
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise DamagedCheckpointError(str(path), f"is compressed, as torch.save writes no file; {_SAVE_AGAIN}")
+        with path.open("rb") as file:
+            archived = records(file) if is_zip else ()
+            if any(record.is_compressed for record in archived):
+                raise DamagedCheckpointError(str(path), f"is compressed, as torch.save writes no file; {_SAVE_AGAIN}")
+            for record in archived:
+                if record.is_pickle:
+                    file.seek(record.start)
+                    refuse_costly(io.BytesIO(file.read(record.nbytes)))
+            for _ in range(0 if is_zip else _OLD_PICKLES):
+                refuse_costly(file)
+    except CostlyPickleError as error:
+        raise UnsafeCheckpointError(str(path), f"is a pickle that {error}; {_SAVE_AGAIN}") from None
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise _damaged(path, error) from None
+    return archived
+
+
+def _damaged(path: Path, error: Exception) -> DamagedCheckpointError:
+    return DamagedCheckpointError(
+        str(path), f"is damaged, or was not written by torch.save ({_first_line(error)}); copy or download it again"
+    )
 
 
 def _unpickling_error(path: Path, message: str, *, is_zip: bool) -> InputError:

@@ -10,6 +10,7 @@ import struct
 import time
 import tracemalloc
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,14 @@ import tallstore
 from tallstore.checkpoints import open_checkpoint
 from tallstore.checkpoints.refusals import MAX_JSON_NBYTES
 from tallstore.cli.expert_file import read_expert_file
-from tallstore.errors import CardError, DamagedCheckpointError, FormatError, InputError, UnknownTensorError
+from tallstore.errors import (
+    CardError,
+    DamagedCheckpointError,
+    FormatError,
+    InputError,
+    UnknownTensorError,
+    UnsafeCheckpointError,
+)
 from tallstore.format import codecs, encodings, parsing
 from tallstore.format.manifest import BaseTable, GroupTable, Manifest, Payload, Pool, Shard, TaskTable
 from tallstore.format.origin import ORIGIN, read_origin
@@ -305,6 +313,82 @@ def test_a_key_that_is_endless_is_not_shown(tmp_path):
     with at_most(64 << 20), pytest.raises(InputError, match="a key of type tuple") as caught:
         open_checkpoint(tmp_path / "model.pt")
     check_message(str(caught.value))
+
+
+def archive_of(path: Path, pickle: bytes, *, old: bool) -> Path:
+    """A file of torch's whose pickle is another, with a sum for the archive that is not right, as torch allows it."""
+    if old:
+        buffer = io.BytesIO()
+        torch.save({}, buffer, _use_new_zipfile_serialization=False)
+        start, state, end = buffer.getvalue().rpartition(b"\x80\x02}q\x00.")
+        path.write_bytes(start + pickle + end)
+        assert state
+        return path
+    source = saved({"w": torch.zeros(1)})
+    with zipfile.ZipFile(path, "w") as target:
+        for entry in source.namelist():
+            target.writestr(entry, pickle if entry.endswith("data.pkl") else source.read(entry))
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(zlib.crc32(pickle).to_bytes(4, "little"), bytes(4)))
+    return path
+
+
+def text(value: str) -> bytes:
+    return b"X" + len(value).to_bytes(4, "little") + value.encode()
+
+
+TWICE = b"q\x00h\x00\x86"  # remember it; once more; a tuple of both
+PICKLES = {
+    "a key that takes hours to hash": b"\x80\x02}" + text("x") + 60 * TWICE + b"K\x01s.",
+    "many keys that take a second each": b"\x80\x02}("
+    + text("x")
+    + 19 * TWICE
+    + b"q\x00K\x01"
+    + 4000 * b"h\x00K\x01"
+    + b"u.",
+    "a set of such": b"\x80\x02cbuiltins\nset\n](" + text("x") + 60 * TWICE + b"e\x85R.",
+    "hexadecimal digits of such": b"\x80\x02"
+    + 60 * b"c_codecs\nencode\n"
+    + text("x")
+    + 60 * (text("hex") + b"\x86R")
+    + b".",
+    "zeros": b"\x80\x02cbuiltins\nbytearray\n\x8a\x06" + (1 << 40).to_bytes(6, "little") + b"\x85R.",
+    "zeros, as Python 2 called them": b"\x80\x02c__builtin__\nbytearray\n\x8a\x06" + bytes(5) + b"\x01\x85R.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("pickle", PICKLES.values(), ids=PICKLES)
+def test_a_pickle_that_never_ends_is_not_begun(tmp_path, pickle, old):
+    path = archive_of(tmp_path / "model.pt", pickle, old=old)
+    with at_most(64 << 20, seconds=5), pytest.raises(UnsafeCheckpointError, match="is a pickle that") as caught:
+        open_checkpoint(path)
+    check_message(str(caught.value))
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_pickle_of_as_many_parts_as_it_is_long_is_read(tmp_path, old):
+    """What stands beside the weights in a training checkpoint: long texts, bytes, nested and shared objects."""
+    shared = [(number, (number, str(number))) for number in range(1000)]
+    nested: object = {"names": ["a name of a parameter"] * 5000, "shared": [shared] * 8}
+    for level in range(12):
+        nested = {"level": level, "of": nested, "as": (level, (level,))}
+    state = {
+        "state_dict": {"w": torch.arange(4.0)},
+        "config": nested,
+        "blob": bytes(2_000_000),
+        "text": "x" * 1_000_000,
+    }
+    torch.save(state, tmp_path / "model.pt", _use_new_zipfile_serialization=not old)
+    with open_checkpoint(tmp_path / "model.pt") as opened:
+        assert opened.read("w").tolist() == [0, 1, 2, 3]
+
+
+def test_sparse_tensors_are_not_looked_at(tmp_path):
+    """Torch compares every index with the shape, of which a view of one has as many as it pleases."""
+    torch.save({"w": torch.eye(2).to_sparse()}, tmp_path / "model.pt")
+    with pytest.raises(UnsafeCheckpointError, match="_rebuild_sparse_tensor, more than plain weights"):
+        open_checkpoint(tmp_path / "model.pt")
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------
