@@ -95,7 +95,7 @@ def test_the_second_implementation_makes_the_same_of_them(name):
     files = [path for path in (RELEASE / name).rglob("*") if path.is_file()]
     contents = {path.relative_to(RELEASE / name).as_posix(): path.read_bytes() for path in files}
     directory = BASES[name]
-    base = second_reader.read_base(contents, None if directory is None else directory / "model.safetensors")
+    base = second_reader.Base(contents, None if directory is None else directory / "model.safetensors")
     experts = second_reader.experts(contents, base)
     assert experts.keys() == WEIGHTS[name].keys()
     with opened(name) as bundle:

@@ -75,12 +75,11 @@ class _Bundles:
     def _compare(self, contents: Mapping[str, bytes], base: Path | None, loaded: Mapping[str, object]) -> None:
         """What was loaded is what the second implementation makes of the same bytes."""
         manifest = json.loads(contents["tallstore.json"])
-        tensors: dict[str, Array] | None = None
+        tensors = second_reader.Base(contents, base)
         for task in manifest["tasks"]:
             ours = loaded.get(task["name"])
             if not isinstance(ours, dict):
                 continue
-            tensors = second_reader.read_base(contents, base) if tensors is None else tensors
             theirs = second_reader.expert(contents, tensors, task["slug"], task["group"])
             if ours.keys() != theirs.keys():
                 raise Broken(f"tensors of {task['name']!r}: {sorted(ours)} and {sorted(theirs)}")

@@ -33,8 +33,20 @@ def experts(contents: Contents, base: Mapping[str, Array]) -> dict[str, dict[str
     return {task["name"]: expert(contents, base, task["slug"], task["group"]) for task in manifest["tasks"]}
 
 
-def read_base(contents: Contents, given: Path | None) -> dict[str, Array]:
-    """The base's tensors, aliases included."""
+class Base(dict[str, Array]):
+    """The base's tensors, aliases included. No file is read before the first is wanted: a task may do without."""
+
+    def __init__(self, contents: Contents, given: Path | None) -> None:
+        super().__init__()
+        self._contents, self._given = contents, given
+
+    def __missing__(self, name: str) -> Array:
+        found = _read_base(self._contents, self._given)
+        self.update(found)
+        return found[name]
+
+
+def _read_base(contents: Contents, given: Path | None) -> dict[str, Array]:
     files = [
         content for path, content in contents.items() if path.startswith("base/") and path.endswith(".safetensors")
     ]
