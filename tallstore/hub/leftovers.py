@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from pathlib import Path
 from typing import Final
 
 _A_MOMENT: Final = 60.0  # seconds
+_NEW_REF: Final = re.compile(r".+\.[0-9a-f]{8}\.tmp")
 
 
 def remove_leftovers(snapshot: Path) -> None:
@@ -16,11 +18,13 @@ def remove_leftovers(snapshot: Path) -> None:
     Who downloads a file holds its lock. What cannot be removed stays.
     """
     repository = snapshot.parent.parent
-    for probe in (repository / "blobs").glob("tmp_*"):  # the client makes one for a moment, to see its mode
+    # The client makes these for a moment: to see a mode, and to put a branch's commit in the place of the one before.
+    probes = [path for path in (repository / "blobs").glob("tmp_*") if _nbytes(path) == 0]
+    refs = [path for path in (repository / "refs").rglob("*.tmp") if _NEW_REF.fullmatch(path.name)]
+    for path in probes + refs:
         with contextlib.suppress(OSError):
-            status = probe.stat()
-            if status.st_size == 0 and time.time() - status.st_mtime > _A_MOMENT:
-                probe.unlink()
+            if time.time() - path.stat().st_mtime > _A_MOMENT:
+                path.unlink()
     pieces = list((repository / "blobs").glob("*.incomplete"))
     if not pieces:
         return
@@ -30,3 +34,10 @@ def remove_leftovers(snapshot: Path) -> None:
     for piece in pieces:
         with contextlib.suppress(Timeout, OSError), FileLock(locks / f"{piece.name.split('.')[0]}.lock", timeout=0):
             piece.unlink(missing_ok=True)
+
+
+def _nbytes(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
