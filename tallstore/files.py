@@ -76,7 +76,7 @@ def _staged_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OutputBusyError: somebody else is filling it.
     """
-    staged = path.with_name(path.name + STAGED_SUFFIX)
+    staged = _staged(path)
     keeps_open = sys.platform != "win32"  # which neither renames nor removes what is open
     with contextlib.ExitStack() as later, lock_file(staged, path) as file:
         try:
@@ -94,6 +94,10 @@ def _staged_file(path: Path) -> Iterator[BinaryIO]:
             else:
                 later.callback(staged.unlink, missing_ok=True)
             raise
+
+
+def _staged(path: Path) -> Path:
+    return path.with_name(path.name + STAGED_SUFFIX)
 
 
 def hash_file(path: Path, advance: Callable[[int], None] | None = None) -> Written:
@@ -163,7 +167,7 @@ def writing(target: Path) -> Iterator[None]:
     except OSError as error:
         if error.filename is not None:
             place = Path(os.fsdecode(error.filename))
-            own = (target, _staging(target), _aside(target))
+            own = (target, _staging(target), _aside(target), _staged(target))
             if place not in target.parents and not any(path in (place, *place.parents) for path in own):
                 raise
         reason = error.strerror or str(error)

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +19,7 @@ if sys.platform != "win32":
     import fcntl
 
 _HOLDER = ".holder"
+_BINARY = getattr(os, "O_BINARY", 0)
 
 
 def lock_directory(staging: Path, target: Path) -> int | None:
@@ -62,14 +64,39 @@ def lock_file(staged: Path, path: Path) -> BinaryIO:
         OSError: it cannot be opened.
     """
     while True:
-        file = os.fdopen(os.open(staged, os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "wb")
+        descriptor = None
         try:
-            if not _flock(file.fileno()) or is_held(staged, file.fileno()):
-                return file
+            descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | _BINARY, 0o666)
+            if not _flock(descriptor) or is_held(staged, descriptor):
+                return os.fdopen(descriptor, "wb")
         except BlockingIOError:
-            file.close()
+            _close(descriptor)
             raise OutputBusyError(f"{path}: somebody else is writing it; wait, or choose another place") from None
-        file.close()  # it was put in its place before it was locked: make a new one
+        except BaseException:  # an interruption reaches us once the file is there, before we know its descriptor
+            _close(descriptor)
+            with contextlib.suppress(OSError):
+                to_its_end(partial(_remove_abandoned, staged))
+            raise
+        _close(descriptor)  # it was put in its place before it was locked: make a new one
+
+
+def _close(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def _remove_abandoned(staged: Path) -> None:
+    """Remove a file that was made to be filled, unless somebody fills it.
+
+    Raises:
+        OSError: somebody does, there is none, or the system does not let it be removed.
+    """
+    descriptor = os.open(staged, os.O_WRONLY | _BINARY)
+    try:
+        if not _flock(descriptor) or is_held(staged, descriptor):
+            staged.unlink()
+    finally:
+        os.close(descriptor)
 
 
 def sign(staging: Path) -> None:
