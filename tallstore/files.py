@@ -275,7 +275,7 @@ def room_beside(target: Path, ready: Callable[[], None]) -> Iterator[Path]:
 
 
 def move_in(source: Path, target: Path, paths: Iterable[str]) -> None:
-    """Move files of the directory *source*, which are on the disk, to the same relative *paths* of *target*.
+    """Move files and directories of *source*, which are on the disk, to the same relative *paths* of *target*.
 
     They are in their places, and those on the disk, when this returns; until then, any of them may be.
 

@@ -17,7 +17,7 @@ from tallstore.checkpoints import Checkpoint, CheckpointSource
 from tallstore.errors import OutputError, OutputExistsError
 from tallstore.fit import Method, SignedMask, Uniform
 from tallstore.format import layout
-from tallstore.format.manifest import MAX_GROUP_NUMBER, BaseTable, Manifest
+from tallstore.format.manifest import MAX_GROUP_NUMBER, BaseTable
 from tallstore.format.parsing import parse_manifest
 from tallstore.growing.change import Change, changing, trying
 from tallstore.growing.described_base import describe
@@ -182,7 +182,9 @@ def pack_group(
     table = BaseTable(format="tallstore.base", tensors=tuple(tensors.values()))
     with parallel.threads() as pool:
         report = work.write(made, place, pool, table=table)
-    after = after_change(before, gone, _manifest(made), lost)
+    with files.writing(place):
+        packed = parse_manifest((made / layout.MANIFEST).read_bytes(), layout.MANIFEST)
+    after = after_change(before, gone, packed, lost)
     nbytes = change.commit(after, made)
     listed = {file.path for file in before.files}
     return changed(
@@ -193,7 +195,3 @@ def pack_group(
         bundle_nbytes=nbytes + sum(file.size for file in after.files),
         written_nbytes=sum(file.size for file in after.files if file.path not in listed),
     )
-
-
-def _manifest(made: Path) -> Manifest:
-    return parse_manifest((made / layout.MANIFEST).read_bytes(), layout.MANIFEST)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import Final
 
 _A_MOMENT: Final = 60.0  # seconds
+_PROBE: Final = re.compile(r"tmp[a-z0-9_]{8}")
 _NEW_REF: Final = re.compile(r".+\.[0-9a-f]{8}\.tmp")
 
 
@@ -18,13 +20,10 @@ def remove_leftovers(snapshot: Path) -> None:
     Who downloads a file holds its lock. What cannot be removed stays.
     """
     repository = snapshot.parent.parent
-    # The client makes these for a moment: to see a mode, and to put a branch's commit in the place of the one before.
-    probes = [path for path in (repository / "blobs").glob("tmp_*") if _nbytes(path) == 0]
-    refs = [path for path in (repository / "refs").rglob("*.tmp") if _NEW_REF.fullmatch(path.name)]
-    for path in probes + refs:
+    for path in _momentary(repository):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > _A_MOMENT:
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
     pieces = list((repository / "blobs").glob("*.incomplete"))
     if not pieces:
         return
@@ -34,6 +33,18 @@ def remove_leftovers(snapshot: Path) -> None:
     for piece in pieces:
         with contextlib.suppress(Timeout, OSError), FileLock(locks / f"{piece.name.split('.')[0]}.lock", timeout=0):
             piece.unlink(missing_ok=True)
+
+
+def _momentary(repository: Path) -> list[Path]:
+    """What the client makes for a moment.
+
+    To see whether there are links, to see a mode, and to put a branch's commit in the place of the one before.
+    """
+    return [
+        *(path for path in repository.glob("tmp*") if _PROBE.fullmatch(path.name) and path.is_dir()),
+        *(path for path in (repository / "blobs").glob("tmp_*") if _nbytes(path) == 0),
+        *(path for path in (repository / "refs").rglob("*.tmp") if _NEW_REF.fullmatch(path.name)),
+    ]
 
 
 def _nbytes(path: Path) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -307,6 +308,22 @@ def discard(place: Path) -> None:
 
 def _one_step(place: Path) -> Path:
     return place.parent / place.readlink() if place.is_symlink() else place
+
+
+@contextlib.contextmanager
+def in_cache(where: str) -> Iterator[None]:
+    """What the system refuses inside the block becomes an error of the Hub's cache.
+
+    Raises:
+        OutputError: in the place of an OSError, unless whom a callback talked to went away.
+    """
+    try:
+        yield
+    except ConnectionError:
+        raise
+    except OSError as error:
+        problem = f"the Hub's cache cannot be read or written ({error.strerror or type(error).__name__})"
+        raise OutputError(f"{where}: {problem}; see to it, or choose another: cache_dir=…, HF_HUB_CACHE") from None
 
 
 def asking(where: str, action: Callable[[], Result]) -> Result:

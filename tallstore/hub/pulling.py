@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 from tallstore import files
@@ -229,14 +229,15 @@ class _Directory:
         if missing and repository.access.is_offline:
             self._snapshot.have(missing)  # says which one is not there
         if missing:
-            transfer.download(
-                repository,
-                missing,
-                self._gathered,
-                local_dir=self._gathered,
-                max_workers=self._snapshot.max_workers,
-                progress=progress,
-            )
+            with files.writing(self._target):
+                transfer.download(
+                    repository,
+                    missing,
+                    self._gathered,
+                    local_dir=self._gathered,
+                    max_workers=self._snapshot.max_workers,
+                    progress=progress,
+                )
         return needed
 
     def _is_gathered(self, entry: FileEntry) -> bool:
@@ -273,8 +274,20 @@ class _Directory:
         if before is None or before.manifest_sha256 != manifest.manifest_sha256:
             self._replace([*paths, layout.MANIFEST])
         else:
-            files.move_in(self._gathered, self._target, paths)
+            self._add(paths)
             sweep(self._target, manifest)
+
+    def _add(self, paths: Sequence[str]) -> None:
+        """Move files in; those of a new task with their directory, for a task is here whole or not at all (PART-1)."""
+        folders = dict.fromkeys(PurePosixPath(path).parent for path in paths if path.startswith("tasks/"))
+        new = [folder for folder in folders if _is_free(self._target / folder)]
+        for folder in new:
+            for left in (self._gathered / folder).iterdir():  # by a pull that was killed
+                if str(folder / left.name) not in paths:
+                    left.unlink()
+            files.sync_directory(self._gathered / folder)
+        others = [path for path in paths if PurePosixPath(path).parent not in new]
+        files.move_in(self._gathered, self._target, [*others, *map(str, new)])
 
     def _replace(self, paths: Sequence[str]) -> None:
         """Replace the directory in one step.
@@ -290,6 +303,12 @@ class _Directory:
         files.move_in(self._gathered, whole, paths)
         sweep(whole, self._bundle.manifest)
         files.replace_directory(whole, self._target)
+
+
+def _is_free(folder: Path) -> bool:
+    with contextlib.suppress(OSError):  # not there, or not empty
+        folder.rmdir()
+    return not os.path.lexists(folder)
 
 
 def _link_or_copy(source: str, destination: str) -> None:

@@ -13,7 +13,7 @@ from tallstore.format.manifest import FileEntry
 from tallstore.hub import transfer
 from tallstore.hub.ids import HubId, on_hub
 from tallstore.hub.leftovers import remove_leftovers
-from tallstore.hub.pinned import Access, PinnedRepository, discard, pin
+from tallstore.hub.pinned import Access, PinnedRepository, discard, in_cache, pin
 from tallstore.meter import Progress
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Snapshot:
             progress: is told bytes that arrived, and in all.
             check: read what is in the cache, too: somebody else may have brought it.
         """
-        with self._lock:
+        with self._lock, in_cache(self.where):
             pending = [entry for entry in entries if check or entry.path not in self._settled]
             missing = [entry for entry in pending if not self._is_settled(entry, check=check)]
             if missing:
@@ -118,10 +118,12 @@ def open_snapshot(
 
     Raises:
         OptionError: two revisions were given.
+        OutputError: the cache cannot be read or written.
         TallstoreError: as `pin`.
     """
     if revision is not None and hub_id.revision is not None and revision != hub_id.revision:
         raise OptionError(f"revision is {revision!r}, and {str(hub_id)!r} names another; give one of them")
-    repository, root = pin(hub_id.repo_id, revision or hub_id.revision, access or Access())
-    remove_leftovers(root)
+    with in_cache(str(hub_id)):
+        repository, root = pin(hub_id.repo_id, revision or hub_id.revision, access or Access())
+        remove_leftovers(root)
     return Snapshot(repository, root, max_workers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -192,6 +193,17 @@ class Listed(Look):
         return {path: found[path] for path in map(Path, (layout.MANIFEST, *listed)) if path in found}
 
 
+class Fetched(Listed):
+    """A bundle whose manifest stays, and to which tasks come: some of their files, each whole, are no task yet."""
+
+    def state(self, place: Path) -> Digests:
+        assert tallstore.verify(place) == []
+        return super().state(place)
+
+    def is_sound(self, state: Digests, old: Digests | None, new: Digests | None) -> bool:
+        return (old or {}).items() <= state.items() <= (new or {}).items()
+
+
 def _may_lie_there(path: Path) -> bool:
     return layout.is_bundle_path(path.as_posix()) or path.parts[0] == ".cache"
 
@@ -209,10 +221,10 @@ class Cached(Look):
 def everything(root: Path) -> Digests:
     """As `digests`; and the directories, so that one that should have gone is noticed."""
     # The Hub's client makes these for a moment; they go when they have been there for a minute (test_leftovers.py).
-    momentary = re.compile(r"tmp_.*|main\.[0-9a-f]{8}\.tmp")
-    files = {path: digest for path, digest in digests(root).items() if not momentary.fullmatch(path.name)}
+    momentary = re.compile(r"tmp_.*|tmp[a-z0-9_]{8}|main\.[0-9a-f]{8}\.tmp")
     folders = {path.relative_to(root): "" for path in root.rglob("*") if path.is_dir() and not path.is_symlink()}
-    return {**folders, **files}
+    found = {**folders, **digests(root)}
+    return {path: what for path, what in found.items() if not any(map(momentary.fullmatch, path.parts))}
 
 
 # --- what is called ---
@@ -278,6 +290,14 @@ _ORDINARY: Mapping[str, int] = {
     "repack over its groups": 1,
 }
 NAMES = tuple(_ORDINARY)
+#: How many moments of an operation the slow tests stop it at: TALLSTORE_MOMENTS=100000 is every one, and takes hours.
+MOST = int(os.environ.get("TALLSTORE_MOMENTS", "100"))
+
+
+def spread(moments: Sequence[object], most: int = MOST) -> list[int]:
+    """At most so many moments of an operation, evenly apart, and its last twenty, when the new becomes the old."""
+    count = len(moments)
+    return sorted({*range(0, count, -(-count // most) or 1), *range(max(count - 20, 0), count)})
 
 
 def some(least: int = 2, names: Sequence[str] = NAMES) -> list[Any]:
@@ -331,7 +351,7 @@ def _pull(how: str, specimens: Specimens, place: Path) -> Operation:
     return Operation(
         functools.partial(pull, place / "cache", **options),
         place,
-        {"bundle": Listed()} if options else {"cache": Cached()},
+        {"bundle": Fetched() if how == "more tasks" else Listed()} if options else {"cache": Cached()},
         None if before is None else specimens.root / before,
         (functools.partial(speak_with, specimens.hub.url),),
         keeps=True,

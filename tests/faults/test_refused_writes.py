@@ -44,10 +44,6 @@ def few(calls: Sequence[object]) -> list[int]:
     return sorted({len(calls) // 3, 2 * len(calls) // 3, len(calls) - 2})
 
 
-def all_of(calls: Sequence[object]) -> list[int]:
-    return list(range(len(calls)))
-
-
 # --- a full disk ------------------------------------------------------------------------------------------------------
 
 
@@ -216,7 +212,7 @@ def judge(operation: Operation, outcome: Outcome, moment: str, *named: object) -
     assert operation.is_sound(), moment
 
 
-@pytest.mark.parametrize("choose", [few, pytest.param(all_of, marks=ALL)])
+@pytest.mark.parametrize("choose", [few, pytest.param(operations.spread, marks=ALL)])
 @pytest.mark.parametrize("name", operations.some())
 def test_a_write_that_fails_is_one_typed_error(specimens, operate, faulty, name, choose):
     """One call of the system on what is written, of whatever kind."""
@@ -235,7 +231,7 @@ def test_a_write_that_fails_is_one_typed_error(specimens, operate, faulty, name,
     assert operation.run_again() == []
 
 
-@pytest.mark.parametrize("choose", [few, pytest.param(all_of, marks=ALL)])
+@pytest.mark.parametrize("choose", [few, pytest.param(operations.spread, marks=ALL)])
 @pytest.mark.parametrize("name", operations.some(1, READERS))
 def test_a_read_that_fails_is_one_typed_error(specimens, operate, faulty, name, choose):
     """One call of the system on what is read: a checkpoint, or a bundle's file."""
@@ -253,7 +249,7 @@ def test_a_read_that_fails_is_one_typed_error(specimens, operate, faulty, name, 
         assert operation.is_clean(), moment
 
 
-@pytest.mark.parametrize("choose", [few, pytest.param(all_of, marks=ALL)])
+@pytest.mark.parametrize("choose", [few, pytest.param(operations.spread, marks=ALL)])
 @pytest.mark.parametrize("name", operations.some(2, READERS))
 def test_reads_and_writes_that_come_in_parts_are_of_no_consequence(specimens, operate, faulty, name, choose):
     operation = operate(name)
@@ -269,7 +265,7 @@ def test_reads_and_writes_that_come_in_parts_are_of_no_consequence(specimens, op
 
 
 @pytest.mark.parametrize(("how", "number"), [(FAIL_FROM, errno.EIO), pytest.param(SIGNAL, signal.SIGKILL, marks=ALL)])
-@pytest.mark.parametrize("choose", [few, pytest.param(all_of, marks=ALL)])
+@pytest.mark.parametrize("choose", [few, pytest.param(operations.spread, marks=ALL)])
 @pytest.mark.parametrize("name", operations.some())
 def test_a_disk_that_goes_away_for_good(operate, faulty, name, choose, how, number):  # noqa: PLR0917 - as pytest calls it
     """From some call on nothing works, or the process is killed just before it; the next run cleans up what is left."""

@@ -37,14 +37,6 @@ def one(events: Sequence[str]) -> list[int]:
     return [[number for number, event in enumerate(events) if event in DECISIVE][-2]]
 
 
-def all_of(events: Sequence[str]) -> list[int]:
-    return list(range(len(events)))
-
-
-def many(events: Sequence[str]) -> list[int]:
-    return list(range(0, len(events), len(events) // 60 + 1))
-
-
 def check(operation: Operation, moment: str) -> None:
     """What is there is sound, and the next run leads to the end from there."""
     assert operation.is_sound(), moment
@@ -56,8 +48,8 @@ def check(operation: Operation, moment: str) -> None:
     [
         (signal.SIGKILL, few),
         (signal.SIGTERM, one),
-        pytest.param(signal.SIGKILL, all_of, marks=ALL),
-        pytest.param(signal.SIGTERM, many, marks=ALL),
+        pytest.param(signal.SIGKILL, operations.spread, marks=ALL),
+        pytest.param(signal.SIGTERM, functools.partial(operations.spread, most=20), marks=ALL),
     ],
 )
 @pytest.mark.parametrize("name", operations.some(1))
@@ -74,7 +66,7 @@ def test_killed_just_before_a_file_operation(operate, name, number, choose):
         check(operation, moment)
 
 
-@pytest.mark.parametrize("choose", [few, pytest.param(many, marks=ALL)])
+@pytest.mark.parametrize("choose", [few, pytest.param(functools.partial(operations.spread, most=50), marks=ALL)])
 @pytest.mark.parametrize("name", operations.some())
 def test_interrupted_just_before_a_file_operation(operate, name, choose):
     """Ctrl-C leaves nothing behind but what is kept for the next run."""

@@ -32,7 +32,11 @@ def repository(tmp_path):
 def write(path: Path, content: str = COMMIT, *, minutes_ago: int = 60) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content)
-    then = time.time() - 60 * minutes_ago
+    return age(path, minutes_ago)
+
+
+def age(path: Path, minutes: int) -> Path:
+    then = time.time() - 60 * minutes
     os.utime(path, (then, then))
     return path
 
@@ -50,9 +54,10 @@ def test_what_was_made_for_a_moment_goes_when_the_moment_is_over(repository):
     there = files(repository)
     for minutes in (0, 2):
         write(repository / "blobs" / "tmp_0123", "", minutes_ago=minutes)
+        age(write(repository / "tmp0123_abc" / "dummy_file_src", "").parent, minutes)
         write(repository / "refs" / "main.0123abcd.tmp", minutes_ago=minutes)
         write(repository / "refs" / "pr" / "1.0123abcd.tmp", minutes_ago=minutes)
-        assert len(left(repository) - there) == (0 if minutes else 3)
+        assert len(left(repository) - there) == (0 if minutes else 4)
     assert left(repository) == there
 
 
