@@ -12,8 +12,9 @@ ARGS   ?=
 
 VENV := .venv
 BIN  := $(VENV)/bin
-# A process a core, each file of tests in one: files share what is costly to make.
-PYTEST := $(BIN)/pytest --numprocesses=auto --dist=loadfile
+# A process a core, each file of tests in one: files share what is costly to make. In the order of their names: that has the
+# long ones first, and those of many short tests last.
+PYTEST := $(BIN)/pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 PIP  := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .PHONY: help
