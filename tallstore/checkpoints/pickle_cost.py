@@ -47,9 +47,6 @@ class _Value:
         self.weight, self.name = weight, name
 
 
-_MARK: Final = _Value()
-
-
 def refuse_costly(pickle: BinaryIO) -> None:
     """Read one pickle up to its end, and see what its values weigh. Nothing is made of them.
 
@@ -81,6 +78,7 @@ class _Machine:
         self._limit, self._spent = _FREE_WEIGHT, 0
         self._stack: list[_Value] = []
         self._memo: dict[int, _Value] = {}
+        self._mark = _Value()
 
     def step(self, opcode: pickletools.OpcodeInfo, argument: object, nbytes: int) -> None:
         """Do what an instruction does, after *nbytes* of the file.
@@ -92,7 +90,7 @@ class _Machine:
         self._limit = _FREE_WEIGHT + _WEIGHT_A_BYTE * nbytes
         match opcode.name:
             case "MARK":
-                self._stack.append(_MARK)
+                self._stack.append(self._mark)
             case "PUT" | "BINPUT" | "LONG_BINPUT" if isinstance(argument, int):
                 self._memo[argument] = self._stack[-1]
             case "MEMOIZE":
@@ -124,7 +122,7 @@ class _Machine:
         before = opcode.stack_before
         items: list[_Value] = []
         if pickletools.markobject in before:
-            while (item := self._stack.pop()) is not _MARK:
+            while (item := self._stack.pop()) is not self._mark:
                 items.append(item)
             before = before[: before.index(pickletools.markobject)]
         items.extend(self._stack.pop() for _ in before)

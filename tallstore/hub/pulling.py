@@ -279,15 +279,16 @@ class _Directory:
 
     def _add(self, paths: Sequence[str]) -> None:
         """Move files in; those of a new task with their directory, for a task is here whole or not at all (PART-1)."""
-        folders = dict.fromkeys(PurePosixPath(path).parent for path in paths if path.startswith("tasks/"))
-        new = [folder for folder in folders if _is_free(self._target / folder)]
+        due = set(paths)
+        folders = {PurePosixPath(path).parent for path in paths if path.startswith("tasks/")}
+        new = {folder for folder in folders if _is_free(self._target / folder)}
         for folder in new:
             for left in (self._gathered / folder).iterdir():  # by a pull that was killed
-                if str(folder / left.name) not in paths:
+                if str(folder / left.name) not in due:
                     left.unlink()
             files.sync_directory(self._gathered / folder)
         others = [path for path in paths if PurePosixPath(path).parent not in new]
-        files.move_in(self._gathered, self._target, [*others, *map(str, new)])
+        files.move_in(self._gathered, self._target, [*others, *sorted(map(str, new))])
 
     def _replace(self, paths: Sequence[str]) -> None:
         """Replace the directory in one step.

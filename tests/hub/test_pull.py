@@ -19,6 +19,7 @@ import pytest
 from filelock import FileLock
 
 import tallstore
+from tallstore import files
 from tallstore.format import layout
 from tallstore.format.manifest import FileEntry
 from tallstore.format.parsing import parse_manifest, serialise_manifest
@@ -259,6 +260,17 @@ def test_what_a_change_that_was_broken_off_has_left_goes(case):
         path.write_text("{}")
     case.pull("directory", tasks=["task1"])
     assert not any(path.parent.exists() for path in left)
+    assert tallstore.verify(case.out) == []
+
+
+def test_what_a_killed_pull_left_beside_a_new_tasks_files_is_not_moved_in(case):
+    case.pull("directory", tasks=["task1"])
+    left = files._staging(case.out) / "tasks" / "task2" / "task.json.partial"
+    left.parent.mkdir(parents=True)
+    left.write_text("{")
+    (case.out / "tasks" / "task3").mkdir()  # and what is empty is in nobody's way
+    case.pull("directory", tasks=["task2", "task3"])
+    assert without_origin(case.out) == contents(case.bundle)
     assert tallstore.verify(case.out) == []
 
 
