@@ -164,9 +164,17 @@ def _modules(directory: Path) -> list[dict[str, Any]]:
 def _parsed(path: Path) -> object:
     """What a JSON file holds; None where it is not there, too large, or not JSON."""
     try:
-        return json.loads(path.read_bytes()) if path.is_file() and path.stat().st_size <= MAX_JSON_NBYTES else None
+        return json.loads(_bytes_of(path)) if path.is_file() and path.stat().st_size <= MAX_JSON_NBYTES else None
     except (ValueError, RecursionError):
         return None
+
+
+def _bytes_of(path: Path) -> bytes:
+    """What a file holds. An error says of which one: what fails in the middle of a read does not."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _uncarried_weights(directory: Path) -> Iterator[str]:
