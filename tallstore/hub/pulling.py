@@ -26,7 +26,7 @@ from tallstore.format.owners import Task
 from tallstore.format.sweeping import sweep
 from tallstore.hub import transfer
 from tallstore.hub.ids import parse_hub_id
-from tallstore.hub.pinned import Access
+from tallstore.hub.pinned import Access, in_cache
 from tallstore.hub.snapshot import Snapshot, open_snapshot
 from tallstore.meter import Progress
 
@@ -267,7 +267,9 @@ class _Directory:
         origin = serialise_origin(Origin(repository.repo_id, repository.sha, manifest.manifest_sha256))
         (self._gathered / ORIGIN).parent.mkdir(parents=True, exist_ok=True)
         files.write_file(self._gathered / ORIGIN, origin)
-        files.write_file(self._gathered / layout.MANIFEST, self._snapshot.root / layout.MANIFEST)
+        with in_cache(self._snapshot.where):
+            raw = (self._snapshot.root / layout.MANIFEST).read_bytes()
+        files.write_file(self._gathered / layout.MANIFEST, raw)
         paths = [*(entry.path for entry in needed), ORIGIN]
         for path in paths:
             files.sync_file(self._gathered / path)
