@@ -1,8 +1,9 @@
-"""What every test shares: hypothesis' profiles."""
+"""What every test shares: hypothesis' profiles, and Ctrl-C."""
 
 from __future__ import annotations
 
 import os
+import signal
 
 from hypothesis import HealthCheck, settings
 
@@ -13,3 +14,7 @@ settings.register_profile("ci", settings.get_profile("default"), derandomize=Tru
 # For hours, or until it finds something.
 settings.register_profile("long", settings.get_profile("default"), max_examples=100_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default"))
+
+# A shell lets what it runs in the background ignore Ctrl-C, and its children: those that tests interrupt among them.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -17,8 +17,9 @@ def few_files(monkeypatch: pytest.MonkeyPatch, count: int = 20) -> Iterator[None
     resource = pytest.importorskip("resource", reason="needs a limit on open files")
     monkeypatch.setattr(bundle_files, "_MAX_OPEN_SHARDS", 4)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with open(os.devnull) as free:  # noqa: PTH123 - its number is what counts
-        resource.setrlimit(resource.RLIMIT_NOFILE, (free.fileno() + count, hard))
+    with contextlib.ExitStack() as free:  # what else this process has open may be anywhere between
+        numbers = [free.enter_context(open(os.devnull)).fileno() for _ in range(count)]  # noqa: PTH123 - numbers count
+    resource.setrlimit(resource.RLIMIT_NOFILE, (numbers[-1] + 1, hard))
     try:
         yield
     finally:
