@@ -93,7 +93,7 @@ def _remove_abandoned(staged: Path) -> None:
     """
     descriptor = os.open(staged, os.O_WRONLY | _BINARY)
     try:
-        if not _flock(descriptor) or is_held(staged, descriptor):
+        if _flock(descriptor) and is_held(staged, descriptor):  # without locks, it may be another's
             staged.unlink()
     finally:
         os.close(descriptor)
